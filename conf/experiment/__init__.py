@@ -1,0 +1,1 @@
+"""Overlays that belong together: `experiment=<name>`."""

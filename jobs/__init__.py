@@ -1,0 +1,1 @@
+"""Doors for people: one thin file per flow."""

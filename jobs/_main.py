@@ -1,0 +1,114 @@
+"""From a command line to a frozen config and an exit code: the door to Hydra.
+
+Hydra composes plain YAML over the defaults of the job's config model; the model validates. Every error a
+user can mend is one line on stderr. Exit codes: 0 done, 2 the user must change something, 3 some shards
+failed, 130 interrupted.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from pipeline.errors import CensusError, UserError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+Config = TypeVar("Config", bound=BaseModel)
+DONE, USER, PARTLY, INTERRUPTED = 0, 2, 3, 130
+
+
+def main(name: str, model: type[Config], job: Callable[[Config], int]) -> None:
+    """Run a job as a program and exit.
+
+    Args:
+        name: of the primary YAML in `conf/`.
+        model: its config model; its defaults are the base of the composition.
+        job: does the work and returns an exit code.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed and turned into exit code 1
+    ConfigStore.instance().store(name=f"{name}_defaults", node=model().model_dump(mode="json"))
+    codes: list[int] = []
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
+    def run(composed: DictConfig) -> None:
+        codes.append(job(validate(model, composed)))
+
+    sys.exit(_guarded(lambda: (run(), max(codes, default=DONE))[1], model))
+
+
+def validate(model: type[Config], composed: DictConfig) -> Config:
+    """A composed config as the frozen model.
+
+    Raises:
+        UserError: naming the first key that is wrong.
+    """
+    plain: Any = OmegaConf.to_container(composed, resolve=True)
+    try:
+        return model.model_validate(plain)
+    except ValidationError as error:
+        raise UserError(_sentence(model, error)) from error
+
+
+def _guarded(run: Callable[[], int], model: type[BaseModel]) -> int:
+    try:
+        return run()
+    except UserError as error:
+        return _say(str(error), USER)
+    except (HydraException, OmegaConfBaseException) as error:
+        return _say(_hydra_sentence(error, model), USER)
+    except CensusError as error:
+        return _say(str(error), PARTLY)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command goes on where this one stopped", INTERRUPTED)
+
+
+def _say(text: str, code: int) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return code
+
+
+def _sentence(model: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        return unknown_key(key, model)
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{key or 'config'} is {first['input']!r}: {reason}" if key else reason
+
+
+def _hydra_sentence(error: Exception, model: type[BaseModel]) -> str:
+    text = str(error)
+    for line in text.splitlines():
+        if "Could not override" in line:
+            return unknown_key(line.split("'")[1], model)
+    return " ".join(text.split())
+
+
+def unknown_key(key: str, model: type[BaseModel]) -> str:
+    """The sentence for a key that no config has, with the nearest that it has."""
+    known = sorted(_keys(model))
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    hint = (leaf or near)[:1]
+    advice = f"did you mean {hint[0]}?" if hint else f"there are {', '.join(known)}"
+    return f"config key {key} is not known; {advice}"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    found = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found += _keys(inner, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found

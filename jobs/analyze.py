@@ -1,0 +1,79 @@
+"""`python -m jobs.analyze`: a model, SAEs and a corpus become a catalog; bare, it runs the embedded demo."""
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jobs import _main
+from pipeline.config import AnalyzeConfig
+from pipeline.flows.analyze import Analysis, analyze
+from pipeline.flows.catalog import Catalog
+
+_BEST = 5
+_SPAN_WIDTH = 70
+
+
+def job(config: AnalyzeConfig) -> int:
+    """Run the flow and show what came out."""
+    analysis = analyze(config)
+    console = Console()
+    for site in sorted({(row["hook_point"], row["sae"]) for row in analysis.catalog.best(1).to_pylist()}):
+        console.print(best_table(analysis.catalog, *site, num_features=_BEST))
+    console.print(_summary(analysis), markup=False, highlight=False, soft_wrap=True)
+    if analysis.failures:
+        print(f"{len(analysis.failures)} shards failed and are missing from the catalog", file=sys.stderr)
+        return _main.PARTLY
+    return _main.DONE
+
+
+def best_table(catalog: Catalog, hook_point: str, sae: str, num_features: int) -> Table:
+    """The best ranked features of one SAE with their strongest spans, peak token highlighted."""
+    score = catalog.manifest["ranking"]["score"]
+    table = Table(title=f"{hook_point}  {sae}  by {score}", title_justify="left", expand=False)
+    for name in ("rank", "feature", score, "fires on", "max"):
+        table.add_column(name, justify="right")
+    table.add_column("strongest spans")
+    for row in catalog.best(num_features, hook_point, sae).to_pylist():
+        spans = catalog.spans(hook_point, sae, row["feature_id"], ["top"]).slice(0, 2).to_pylist()
+        text = Text("\n").join(_highlighted(span) for span in spans)
+        numbers = (
+            row["rank"],
+            row["feature_id"],
+            f"{row['score']:.4g}",
+            f"{row['frequency']:.3%}",
+            f"{row['max']:.4g}",
+        )
+        table.add_row(*map(str, numbers), text)
+    return table
+
+
+def _highlighted(span: dict[str, object]) -> Text:
+    tokens, peak = list(span["tokens"]), int(span["position"]) - int(span["start"])  # type: ignore[call-overload]  # rows are untyped
+    before = "".join(tokens[:peak]).replace("\n", "↩")[-_SPAN_WIDTH * 2 // 3 :]
+    after = "".join(tokens[peak + 1 :]).replace("\n", "↩")[: _SPAN_WIDTH // 3]
+    return Text.assemble(before, (tokens[peak].replace("\n", "↩"), "bold reverse"), after)
+
+
+def _summary(analysis: Analysis) -> str:
+    catalog = analysis.catalog
+    coverage = catalog.manifest["coverage"]
+    lines = [f"catalog   {catalog.folder}{'' if analysis.is_new else ' (unchanged)'}", f"digest    {catalog.digest}"]
+    for point, books in coverage["tokens"].items():
+        masked = ", ".join(f"{n} {rule}" for rule, n in books.items() if rule != "counted" and n)
+        lines.append(
+            f"tokens    {books['counted']:,} counted at {point}" + (f" (not counted: {masked})" if masked else "")
+        )
+    for site, fvu in catalog.manifest["fraction_of_variance_unexplained"].items():
+        lines.append(
+            f"fit       {site}: fraction of variance unexplained {fvu:.3f}"
+            if fvu is not None
+            else f"fit       {site}: unknown"
+        )
+    lines.append("time      " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in analysis.seconds.items()))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    _main.main("analyze", AnalyzeConfig, job)

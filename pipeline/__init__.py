@@ -1,0 +1,1 @@
+"""SAE Census: corpus statistics of sparse-autoencoder features."""

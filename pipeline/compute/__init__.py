@@ -1,0 +1,1 @@
+"""Pure functions and values on arrays and tensors: no files, clock, Ray or config."""

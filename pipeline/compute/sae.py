@@ -1,0 +1,209 @@
+"""Sparse autoencoders in one canonical form: every checkpoint format is read into it.
+
+Row vectors: u = transform(x); pre = (u - pre_bias) W_enc + b_enc; z = gate(pre);
+y = z W_dec + b_dec; reconstruction = the transform undone on y.
+
+Encoding works in tiles of tokens and features, in float32, and gives `Codes`; a dense [tokens, F] array is
+never formed. Tile sizes are constants of the device class, because GEMM shapes decide the last bits.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from pipeline.compute.codes import Codes, sorted_codes
+
+Transform = Literal["none", "constant_norm_rescale", "layer_norm"]
+TILE_TOKENS = {"cpu": 512, "cuda": 4096}
+TILE_FEATURES = {"cpu": 4096, "cuda": 32768}
+
+
+@dataclass(frozen=True, slots=True)
+class Relu:
+    """z = max(pre, 0)."""
+
+
+@dataclass(frozen=True, slots=True)
+class JumpRelu:
+    """z = pre where pre > threshold and pre > 0, else 0. A batch-top-k SAE is one, with equal thresholds."""
+
+    threshold: Float[Tensor, " F"]
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """z = max(pre, 0) at the k largest pre of a token, else 0; among equals the lowest feature wins."""
+
+    k: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """z = 1[v W_enc + b_gate > 0] max(v W_enc exp(r_mag) + b_mag, 0), with v the shifted input (b_enc is 0)."""
+
+    b_gate: Float[Tensor, " F"]
+    b_mag: Float[Tensor, " F"]
+    r_mag: Float[Tensor, " F"]
+
+
+Gate = Relu | JumpRelu | TopK | Gated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseAutoencoder:
+    """One SAE in canonical form; all tensors float32 on one device."""
+
+    w_enc: Float[Tensor, "D F"]
+    b_enc: Float[Tensor, " F"]
+    w_dec: Float[Tensor, "F D"]
+    b_dec: Float[Tensor, " D"]
+    gate: Gate
+    pre_bias: Float[Tensor, " D"] | None = None
+    """Subtracted from the input before encoding."""
+    transform: Transform = "none"
+    """Per-token normalisation of the input, undone on the reconstruction."""
+
+    @property
+    def width(self) -> int:
+        """D, the width of the activations."""
+        return self.w_enc.shape[0]
+
+    @property
+    def num_features(self) -> int:
+        """F."""
+        return self.w_enc.shape[1]
+
+    def to(self, device: torch.device) -> "SparseAutoencoder":
+        """The same SAE on another device."""
+        gate = self.gate
+        if isinstance(gate, JumpRelu):
+            gate = JumpRelu(gate.threshold.to(device))
+        elif isinstance(gate, Gated):
+            gate = Gated(gate.b_gate.to(device), gate.b_mag.to(device), gate.r_mag.to(device))
+        return replace(
+            self,
+            w_enc=self.w_enc.to(device),
+            b_enc=self.b_enc.to(device),
+            w_dec=self.w_dec.to(device),
+            b_dec=self.b_dec.to(device),
+            gate=gate,
+            pre_bias=None if self.pre_bias is None else self.pre_bias.to(device),
+        )
+
+    def encode(self, x: Float[Tensor, "B T D"], first_row: int = 0) -> Codes:
+        """The positive codes of every token.
+
+        Args:
+            x: finite activations of any float dtype.
+            first_row: the shard's row that row 0 of `x` is.
+        """
+        tokens = x.flatten(0, 1)
+        step = TILE_TOKENS.get(x.device.type, TILE_TOKENS["cpu"])
+        parts = []
+        for start in range(0, len(tokens), step):
+            token, feature, value = self._encode_tile(tokens[start : start + step])
+            parts.append((feature.to(torch.int32), token + start, value))
+        columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
+        return sorted_codes(*columns, num_positions=x.shape[1], first_row=first_row)
+
+    def reconstruct(self, x: Float[Tensor, "B T D"], codes: Codes, first_row: int = 0) -> Float[Tensor, "B T D"]:
+        """What the SAE makes of `x` through its codes, float32.
+
+        Args:
+            x: the activations that were encoded.
+            codes: their codes; codes of other rows are not allowed.
+            first_row: as in `encode`.
+        """
+        num_tokens, device = x.shape[0] * x.shape[1], x.device
+        token = (codes.row.astype(np.int64) - first_row) * x.shape[1] + codes.position
+        order = np.argsort(token, kind="stable")  # features ascend within a token
+        offsets = np.searchsorted(token[order], np.arange(num_tokens))
+        y = torch.nn.functional.embedding_bag(
+            torch.from_numpy(codes.feature[order].astype(np.int64)).to(device),
+            self.w_dec,
+            torch.from_numpy(offsets).to(device),
+            mode="sum",
+            per_sample_weights=torch.from_numpy(codes.value[order]).to(device),
+        )
+        return self._undo(y + self.b_dec, x.flatten(0, 1).float()).view(x.shape)
+
+    def decoder_norms(self) -> Float[Tensor, " F"]:
+        """Length of every feature's decoder row."""
+        return _lengths(self.w_dec)
+
+    def _encode_tile(
+        self, x: Float[Tensor, "N D"]
+    ) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " M"], Float[Tensor, " M"]]:
+        u = self._transformed(x.float())
+        if self.pre_bias is not None:
+            u = u - self.pre_bias
+        step = TILE_FEATURES.get(x.device.type, TILE_FEATURES["cpu"])
+        tiles = []
+        for start in range(0, self.num_features, step):
+            part = slice(start, min(start + step, self.num_features))
+            pre = torch.addmm(self.b_enc[part], u, self.w_enc[:, part])
+            if isinstance(self.gate, TopK):
+                value, index = _largest(pre, self.gate.k)
+                tiles.append((value, index + start))
+            else:
+                z = self._elementwise(pre, part)
+                token, feature = (z > 0).nonzero(as_tuple=True)
+                tiles.append((z[token, feature], torch.stack([token, feature + start])))
+        if not isinstance(self.gate, TopK):
+            token, feature = torch.cat([where for _, where in tiles], dim=1)
+            return token, feature, torch.cat([value for value, _ in tiles])
+        values, features = (torch.cat(column, dim=1) for column in zip(*tiles, strict=True))
+        if len(tiles) > 1:  # the k best of all tiles are among the k best of each
+            values, index = _largest(values, self.gate.k)
+            features = features.gather(1, index)
+        token, place = (values > 0).nonzero(as_tuple=True)
+        return token, features[token, place], values[token, place]
+
+    def _elementwise(self, pre: Float[Tensor, "N f"], part: slice) -> Float[Tensor, "N f"]:
+        match self.gate:
+            case JumpRelu(threshold):
+                return torch.where(pre > threshold[part], pre, 0)
+            case Gated(b_gate, b_mag, r_mag):
+                magnitude = torch.addcmul(b_mag[part], pre, r_mag[part].exp())
+                return torch.where(pre + b_gate[part] > 0, magnitude, 0)
+            case _:
+                return pre
+
+    def _transformed(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        match self.transform:
+            case "constant_norm_rescale":
+                x = x * (x.shape[1] ** 0.5 / _lengths(x)[:, None])
+            case "layer_norm":
+                centred = x - x.mean(dim=1, keepdim=True)
+                x = centred / (centred.std(dim=1, keepdim=True) + 1e-5)
+        return x
+
+    def _undo(self, y: Float[Tensor, "N D"], x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        match self.transform:
+            case "constant_norm_rescale":
+                y = y * (_lengths(x)[:, None] / x.shape[1] ** 0.5)
+            case "layer_norm":
+                y = y * x.std(dim=1, keepdim=True) + x.mean(dim=1, keepdim=True)
+        return y
+
+
+def _lengths(rows: Float[Tensor, "N M"]) -> Float[Tensor, " N"]:
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return lengths
+
+
+def _largest(pre: Float[Tensor, "N M"], k: int) -> tuple[Float[Tensor, "N k"], Int64[Tensor, "N k"]]:
+    """The k largest of each row with their columns, columns ascending; the lowest columns win a tie."""
+    if k >= pre.shape[1]:
+        return pre, torch.arange(pre.shape[1], device=pre.device).expand_as(pre)
+    best = pre.topk(k + 1, dim=1)
+    index = best.indices[:, :k]
+    tied = best.values[:, k - 1] == best.values[:, k]
+    if tied.any():  # topk promises nothing about which of equals it returns; a stable sort does
+        index[tied] = pre[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    index = index.sort(dim=1).values
+    return pre.gather(1, index), index

@@ -1,0 +1,217 @@
+"""The whole config of a job as frozen values: every key, its default and its meaning, in one place.
+
+Keys under `cluster` and `store`, and `preflight`, decide where and how work is done; all others can decide
+numbers and are part of an identity (`pipeline.steps.plan`).
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+Source = str | tuple[str, ...]
+EMBEDDED_TEXTS: dict[str, Source] = {name: f"embedded:{name}" for name in ("docs", "code", "prose")}
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(_Config):
+    """The language model."""
+
+    id: str = "embedded:model"
+    """A hub id, a local directory, a GGUF file, or the embedded model."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 where the hardware computes in it, else float32."""
+    device: str = "auto"
+    """auto: the GPU where there is one, else cpu."""
+    trust_remote_code: bool = False
+    """Run model code from the hub. Off unless you have read that code."""
+
+
+class SaeConfig(_Config):
+    """One sparse autoencoder."""
+
+    path: str
+    """A local directory, a hub id org/repo/folder, or embedded:<name>."""
+    hook_point: str | None = None
+    """Overrides the checkpoint's own metadata, as blocks.15.hook_resid_post."""
+    format: str | None = None
+    """A known checkpoint format; detected if null."""
+    name: str | None = None
+    """Its name in the catalog; defaults to the last part of the path."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id."""
+
+
+class CorpusConfig(_Config):
+    """The text."""
+
+    source: Source | dict[str, Source] = EMBEDDED_TEXTS
+    """Files (globs), a URL, or a dataset id or directory; one, many, or a mapping slice name -> source."""
+    column: str = "text"
+    """The field that holds the text."""
+    split: str = "train"
+    """Of a dataset."""
+    revision: str | None = None
+    """Of a dataset on the hub."""
+    streaming: bool = False
+    """Read a dataset without storing it first."""
+    context_length: int = Field(default=128, ge=2, le=1 << 20)
+    """Tokens of one context."""
+    packing: Literal["concat", "document"] = "concat"
+    """concat: documents joined, then cut; document: every context holds one document."""
+    long_documents: Literal["chunk", "truncate"] = "chunk"
+    """What document packing does with the rest of a document that exceeds its context."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """A BOS token before every document and every context; auto: if the tokenizer adds one itself."""
+    shard_tokens: PositiveInt | None = None
+    """Size of a shard; null: a constant by device class and model size."""
+    group_files: PositiveInt = 1
+    """Join about this many small files into one source; a new file then changes the group it falls into."""
+    txt_documents: Literal["file", "line"] = "file"
+    """What one document of a .txt file is."""
+    max_tokens: PositiveInt | None = None
+    """Stop each slice after the shard that reaches this many tokens."""
+    max_bad_records: int = Field(default=1000, ge=0)
+    """More records than these that cannot be used end the run."""
+    max_record_bytes: PositiveInt = 16 << 20
+    """Larger records are bad."""
+    embedded_tokens: PositiveInt = 200_000
+    """About how much of the embedded texts to take."""
+
+
+class MasksConfig(_Config):
+    """Tokens that the census passes over; each rule's exclusions are counted."""
+
+    special_tokens: bool = True
+    """BOS, EOS and the other special tokens of the tokenizer."""
+    first_positions: int = Field(default=0, ge=0)
+    """This many positions at the start of every context."""
+    positions: tuple[int, ...] = ()
+    """These positions of every context."""
+    max_norm_ratio: float | None = Field(default=None, gt=1)
+    """Tokens whose activation norm exceeds this many times the median of their context (attention sinks)."""
+
+
+class SamplingConfig(_Config):
+    """What is kept of every feature."""
+
+    top: int = Field(default=20, ge=0)
+    """Strongest contexts."""
+    random: int = Field(default=10, ge=0)
+    """Hash-random firings."""
+    bands: int = Field(default=5, ge=0)
+    """Octaves of magnitude, the maximum's first, that are sampled one by one."""
+    per_band: int = Field(default=5, ge=0)
+    """Hash-random firings of each band."""
+    low_activating: int = Field(default=5, ge=0)
+    """Hash-random firings at least two octaves below the maximum's."""
+    non_activating: int = Field(default=5, ge=0)
+    """Hash-random contexts in which the feature stays silent."""
+    silent: int = Field(default=64, ge=0)
+    """Contexts of each shard from which those are drawn."""
+    before: int = Field(default=24, ge=0)
+    """Tokens of a span before its peak; a span never leaves its document."""
+    after: int = Field(default=8, ge=0)
+    """Tokens of a span after its peak."""
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Key of every hash."""
+
+
+Score = Literal["frequency", "mean", "max", "mean_when_firing", "mean_x_coverage", "surprise"]
+
+
+class RankingConfig(_Config):
+    """How features are ordered within their SAE."""
+
+    score: Score = "mean_x_coverage"
+    """As pipeline.compute.scores defines them; surprise favours strong, rare and yet well-attested features."""
+
+
+class BatchConfig(_Config):
+    """The fixed grid of forward passes."""
+
+    contexts: PositiveInt = 32
+    """Contexts of one forward pass; part of the measure, because it decides the last bits."""
+
+
+class ClusterConfig(_Config):
+    """Who does the work. Of these only threads_per_worker can change a bit of the result."""
+
+    executor: Literal["auto", "inline", "ray"] = "auto"
+    """inline: in this process; ray: actors; auto: ray if there is more than one worker."""
+    workers: PositiveInt = 1
+    """Actors."""
+    threads_per_worker: PositiveInt = 2
+    """Threads of one worker; part of the measure."""
+    gpus_per_worker: float | None = Field(default=None, ge=0)
+    """null: 1 if the model runs on a GPU, else 0."""
+    address: str = "local"
+    """local: a private Ray on this machine; auto or host:port: a running cluster."""
+    max_attempts: PositiveInt = 3
+    """A shard that fails this often by breaking its worker is quarantined."""
+    deadline_seconds: float | None = Field(default=None, gt=0)
+    """A task that takes longer is taken from its worker; null: 20 x the median so far, at least 300 s."""
+
+
+class StoreConfig(_Config):
+    """Where everything is kept."""
+
+    root: str = "runs"
+    """A local directory."""
+
+
+class CatalogConfig(_Config):
+    """What readers will find."""
+
+    name: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Its folder under <root>/catalogs."""
+
+
+EMBEDDED_SAES = (SaeConfig(path="embedded:resid_post_7"), SaeConfig(path="embedded:resid_post_15"))
+
+
+class AnalyzeConfig(_Config):
+    """`jobs.analyze`: a model, SAEs and a corpus become a catalog."""
+
+    model: ModelConfig = ModelConfig()
+    saes: tuple[SaeConfig, ...] = EMBEDDED_SAES
+    corpus: CorpusConfig = CorpusConfig()
+    masks: MasksConfig = MasksConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    ranking: RankingConfig = RankingConfig()
+    batch: BatchConfig = BatchConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    store: StoreConfig = StoreConfig()
+    catalog: CatalogConfig = CatalogConfig()
+    codes: Literal["drop", "keep"] = "drop"
+    """keep: store every code of every shard beside its partial."""
+    preflight: Literal["warn", "refuse", "off"] = "warn"
+    """What a poor fit of model, SAE, hook point and text does, before the hours are spent."""
+
+    @field_validator("saes")
+    @classmethod
+    def _some(cls, saes: tuple[SaeConfig, ...]) -> tuple[SaeConfig, ...]:
+        if not saes:
+            raise ValueError("expected at least one SAE")
+        return saes
+
+    @model_validator(mode="after")
+    def _positions_exist(self) -> "AnalyzeConfig":
+        last = self.corpus.context_length - 1
+        if self.masks.first_positions > last or any(not 0 <= p <= last for p in self.masks.positions):
+            raise ValueError(f"masks name positions outside a context, which has 0 to {last}")
+        return self
+
+
+class VerifyConfig(_Config):
+    """`jobs.verify`: every receipt against its bytes."""
+
+    store: StoreConfig = StoreConfig()
+    recompute: int = Field(default=0, ge=0)
+    """Also analyse this many hash-random shards of each measure again and compare digests."""
+    seed: int = 0
+    """Chooses those shards."""

@@ -1,0 +1,37 @@
+"""What can go wrong, by who can mend it. Every message says what was given, what was expected, what to do."""
+
+
+class CensusError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class UserError(CensusError):
+    """The user must change something: a path, a key, a file. Jobs print it in one line and exit with 2."""
+
+
+class ConfigError(UserError):
+    """A key of the config is unknown, missing or out of range."""
+
+
+class SourceError(UserError):
+    """A corpus source cannot be read as what it claims to be."""
+
+
+class CheckpointError(UserError):
+    """A model or SAE on disk is not what its format promises."""
+
+
+class IdentityError(UserError):
+    """A store was made under settings that determine numbers and that differ from today's."""
+
+
+class ShardError(CensusError):
+    """A shard cannot be analysed and would fail again the same way: it is quarantined, not retried."""
+
+
+class CorruptError(CensusError):
+    """Bytes in the store are not those that its records name."""
+
+
+class StorageError(UserError):
+    """The store cannot take more bytes (full disk, read-only, gone): the run stops, nothing is lost."""

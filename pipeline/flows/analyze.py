@@ -1,0 +1,383 @@
+"""The main job: a model, SAEs and a corpus become a catalog.
+
+identify -> prepare -> preflight -> map shards to partials -> reduce ranges -> publish. Every stage leaves its
+work in the store under names made of content, so a run that died is resumed by running the same again.
+"""
+
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import AnalyzeConfig
+from pipeline.errors import CensusError, CheckpointError, ConfigError, SourceError
+from pipeline.flows.catalog import Catalog
+from pipeline.io import device, embedded
+from pipeline.io.blobs import LocalBlobs
+from pipeline.io.checkpoints import LoadedSae
+from pipeline.io.corpus import find_sources
+from pipeline.io.hooks import check_point
+from pipeline.io.model import ModelFacts, Tokenizer, choose_device, choose_dtype, model_facts
+from pipeline.records import Failure, Receipt, ShardRecord, SourceRecord, canonical, digest_of
+from pipeline.steps import layout, plan, preflight, publish, ranges
+from pipeline.steps.cluster import Outcome, run_tasks
+from pipeline.steps.preflight import FitProbe
+from pipeline.steps.prepare import Preparer, PrepareSettings, choose_shards, preparation_fields, read_settings
+from pipeline.steps.progress import Voice
+from pipeline.steps.session import AnalysisSession
+from pipeline.steps.shard import load_saes, sample_sizes
+from pipeline.types import SiteKey
+
+_CHARS_PER_TOKEN = 3.6
+"""Of the embedded texts, about."""
+_PROBE_SHARDS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Everything that decides numbers, known before any work."""
+
+    facts: ModelFacts
+    saes: dict[SiteKey, LoadedSae]
+    numerics: dict[str, str | int]
+    preparation: dict[str, Any]
+    measure: dict[str, Any]
+
+    @property
+    def preparation_id(self) -> str:
+        """Names the folder of shards."""
+        return digest_of(self.preparation)
+
+    @property
+    def measure_id(self) -> str:
+        """Names the folder of partials."""
+        return digest_of(self.measure)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What every snapshot of a catalog shares."""
+        return {"preparation": self.preparation, "measure": self.measure}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Analysis:
+    """What a run of the job gave."""
+
+    catalog: Catalog
+    is_new: bool
+    """False if the catalog already said the same."""
+    failures: tuple[Failure, ...]
+    """Shards that are not in it."""
+    seconds: dict[str, float]
+    """By stage."""
+
+
+def identify(config: AnalyzeConfig) -> Identity:
+    """Read model config, SAEs and tokenizer; check what can be checked without the model's weights.
+
+    Raises:
+        UserError: if they do not belong together, or cannot be read.
+    """
+    model = config.model
+    chosen = choose_device(model.device)
+    facts = model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+    saes = load_saes(config)
+    for key, loaded in saes.items():
+        check_point(key.hook_point, facts.taps, facts.num_layers)
+        if key.hook_point.stream.startswith("resid") and loaded.sae.width != facts.d_model:
+            raise ConfigError(
+                f"SAE {key.sae} is {loaded.sae.width} wide, but {key.hook_point} of {model.id} is {facts.d_model} "
+                "wide; is this the SAE of another model?"
+            )
+    if facts.max_positions and config.corpus.context_length > facts.max_positions:
+        raise ConfigError(
+            f"corpus.context_length is {config.corpus.context_length}, but the model has only "
+            f"{facts.max_positions} positions; choose a shorter one"
+        )
+    tokenizer = Tokenizer(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+    if config.corpus.bos == "always" and tokenizer.bos_id is None:
+        raise ConfigError(f"corpus.bos is always, but the tokenizer of {model.id} has no BOS token; use never")
+    shard_tokens = config.corpus.shard_tokens or plan.default_shard_tokens(chosen, facts.num_layers, facts.d_model)
+    numerics = device.configure(config.cluster.threads_per_worker, chosen)
+    dtype = str(choose_dtype(model.dtype, chosen)).removeprefix("torch.")
+    about_model = {"digest": facts.digest, "family": facts.family, "dtype": dtype, "tokenizer": tokenizer.digest}
+    return Identity(
+        facts=facts,
+        saes=saes,
+        numerics=numerics,
+        preparation=preparation_fields(config.corpus, tokenizer, shard_tokens),
+        measure=plan.measure_fields(config, about_model, saes, numerics),
+    )
+
+
+def analyze(config: AnalyzeConfig, say: Callable[[str], None] | None = None) -> Analysis:
+    """Run the job.
+
+    Args:
+        config: of the job.
+        say: hears every line that is meant for people; by default they go to stderr.
+
+    Raises:
+        UserError: if the user must change something; nothing that was finished is lost.
+    """
+    run = _Run(config, say)
+    records = run.prepare()
+    shards = run.choose(records)
+    receipts, failures = run.map(shards)
+    return run.reduce(records, receipts, failures)
+
+
+class _Run:
+    """One run: the stages share identity, store and voice."""
+
+    def __init__(self, config: AnalyzeConfig, say: Callable[[str], None] | None):
+        self.config = config
+        self.identity = identify(config)
+        self.blobs = LocalBlobs(config.store.root)
+        plan.check_claim(self.blobs, config.catalog.name, self.identity.fields)
+        run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        self.voice = Voice(self.blobs, layout.events(self.identity.measure_id, run_id), say)
+        self.seconds: dict[str, float] = {}
+        preparation_id, measure_id = self.identity.preparation_id, self.identity.measure_id
+        self.blobs.put(layout.preparation(preparation_id), canonical(self.identity.preparation))
+        self.blobs.put(layout.measure(measure_id), canonical(self.manifest()))
+
+    def manifest(self) -> dict[str, Any]:
+        """What `jobs.verify` needs to recompute a shard."""
+        return {
+            "fields": self.identity.measure,
+            "preparation_id": self.identity.preparation_id,
+            "config": self.config.model_dump(mode="json"),
+        }
+
+    def prepare(self) -> list[SourceRecord]:
+        """Every source as shards, in the order of sources."""
+        config = self.config
+        source = config.corpus.source
+        num_embedded = str(source).count(embedded.PREFIX)
+        sources = find_sources(
+            dict(source) if isinstance(source, dict) else source,
+            read_settings(config.corpus),
+            group_files=config.corpus.group_files,
+            embedded_chars=int(config.corpus.embedded_tokens * _CHARS_PER_TOKEN / max(num_embedded, 1)),
+        )
+        settings = PrepareSettings(
+            root=config.store.root, model=config.model, corpus=config.corpus, fields=self.identity.preparation
+        )
+        found: dict[str, SourceRecord] = {}
+        with self.voice.stage("prepare", len(sources), "tokens") as stage:
+            for outcome in run_tasks(partial(Preparer, settings), sources, config.cluster, on_event=self.voice.event):
+                record = _result(outcome, f"source {', '.join(outcome.task.names)}")
+                found[record.source_id] = record
+                stage.advance(sum(shard.num_tokens for shard in record.shards))
+        self.seconds["prepare"] = stage.seconds
+        how = read_settings(config.corpus)
+        records = [found[unit.identity(how)] for unit in sources]
+        self._check_records(records)
+        return records
+
+    def _check_records(self, records: list[SourceRecord]) -> None:
+        dropped: Counter[str] = Counter()
+        for record in records:
+            dropped.update(record.dropped)
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()))
+        where = self.blobs.path(layout.quarantine(self.identity.preparation_id, "x")).parent
+        if dropped.total() > self.config.corpus.max_bad_records:
+            raise SourceError(
+                f"{dropped.total()} records cannot be used ({reasons}), more than corpus.max_bad_records="
+                f"{self.config.corpus.max_bad_records}; they are listed in {where}: mend them or raise the bound"
+            )
+        if not any(record.shards for record in records):
+            raise SourceError(
+                f"corpus.source has no usable text: {len(records)} sources, {reasons or 'no records at all'}"
+            )
+        if dropped:
+            self.voice.say(f"{dropped.total()} records are not used ({reasons}); they are listed in {where}")
+
+    def choose(self, records: list[SourceRecord]) -> list[ShardRecord]:
+        """The shards of this corpus."""
+        return choose_shards(records, self.config.corpus.max_tokens)
+
+    def map(self, shards: list[ShardRecord]) -> tuple[list[Receipt], list[Failure]]:
+        """A receipt for every shard, from an earlier run or this one, sorted by shard; and what failed."""
+        measure_id = self.identity.measure_id
+        known = {s.shard_id: plan.find_receipt(self.blobs, measure_id, s) for s in shards}
+        receipts = {shard_id: receipt for shard_id, receipt in known.items() if receipt is not None}
+        left = [shard for shard in shards if shard.shard_id not in receipts]
+        if receipts:
+            self.voice.say(f"{len(receipts)} of {len(shards)} shards are already done")
+        num_features = sum(loaded.sae.num_features for loaded in self.identity.saes.values())
+        cost = plan.estimate(shards, len(receipts), left, sample_sizes(self.config.sampling), num_features)
+        if cost.partial_bytes > self.blobs.free_bytes():
+            self.voice.say(
+                f"warning: the partials may need {cost.partial_bytes >> 20} MiB, and {self.blobs.root} has "
+                f"{self.blobs.free_bytes() >> 20} MiB left"
+            )
+        make = partial(AnalysisSession, self.config, self.identity.preparation_id, measure_id, self.identity.numerics)
+        asked = self.config.preflight != "off" and bool(left)
+        failures = []
+        probe = FitProbe(shards=_spread(left)) if asked else None
+        outcomes: Iterator[Outcome[Any, Any]] = run_tasks(
+            make,
+            left,
+            self.config.cluster,
+            probe=probe,
+            judge=self._judge,
+            needs_gpu=choose_device(self.config.model.device).type == "cuda",
+            on_event=self.voice.event,
+        )
+        with self.voice.stage("analyze", len(left), "tokens") as stage:
+            for outcome in outcomes:
+                if isinstance(outcome.result, Receipt):
+                    receipts[outcome.task.shard_id] = outcome.result
+                    ran = outcome.result.ran
+                    self.voice.event("shard_done", {"shard_id": outcome.task.shard_id, **ran})
+                else:
+                    failures.append(self._quarantine(outcome))
+                stage.advance(outcome.task.num_tokens)
+        self.seconds["analyze"] = stage.seconds
+        plan.claim(self.blobs, self.config.catalog.name, self.identity.fields)
+        for shard_id in receipts:
+            self.blobs.delete(layout.failure(measure_id, shard_id))
+        return [receipts[key] for key in sorted(receipts)], failures
+
+    def _judge(self, outcome: Outcome[Any, Any]) -> None:
+        """Say how well the SAEs fit, and refuse if asked to."""
+        if outcome.result is None:
+            raise CheckpointError(f"preflight failed: {outcome.message}")
+        for fit in outcome.result:
+            self.voice.say(f"preflight {preflight.describe(fit)}")
+        bos = bool(self.identity.preparation["bos"])
+        found = preflight.complaints(outcome.result, self.identity.saes, bos)
+        if self.config.preflight == "refuse":
+            preflight.refuse(found)
+        for complaint in found:
+            self.voice.say(f"warning: {complaint}")
+
+    def _quarantine(self, outcome: Outcome[Any, Any]) -> Failure:
+        failure = Failure(
+            shard=outcome.task,
+            kind=outcome.kind,
+            message=outcome.message,
+            attempts=outcome.attempts,
+            details=outcome.details,
+        )
+        self.blobs.put(layout.failure(self.identity.measure_id, failure.shard.shard_id), failure.to_bytes())
+        self.voice.quarantined += 1
+        self.voice.event("quarantined", {"shard_id": failure.shard.shard_id, "kind": failure.kind})
+        self.voice.say(f"shard {failure.shard.shard_id} is left out: {failure.kind}: {failure.message}")
+        return failure
+
+    def reduce(self, records: list[SourceRecord], receipts: list[Receipt], failures: list[Failure]) -> Analysis:
+        """Merge the partials into a published snapshot."""
+        if not receipts:
+            raise CensusError("no shard could be analysed: " + "; ".join(sorted({f.message for f in failures})))
+        config, identity = self.config, self.identity
+        sites = tuple(identity.saes)
+        settings = ranges.ReduceSettings(
+            root=config.store.root,
+            preparation_id=identity.preparation_id,
+            model=config.model,
+            sampling=config.sampling,
+            sites=sites,
+            receipts=tuple(receipts),
+        )
+        todo = ranges.tasks([identity.saes[site].sae.num_features for site in sites])
+        norms = {site: loaded.sae.decoder_norms().numpy() for site, loaded in identity.saes.items()}
+        with (
+            self.voice.stage("reduce", len(todo), "features") as stage,
+            publish.Draft(self.blobs, sites, norms) as draft,
+        ):
+            outcomes = run_tasks(partial(ranges.Reducer, settings), todo, config.cluster, on_event=self.voice.event)
+
+            def results() -> Iterator[ranges.RangeResult]:
+                for outcome in _in_order(todo, outcomes):
+                    stage.advance(outcome.task.stop - outcome.task.start)
+                    yield _result(outcome, f"features {outcome.task.start} to {outcome.task.stop}")
+
+            draft.write(results(), config.ranking.score, receipts)
+            facts = self._facts(records, receipts, failures)
+            volatile = {
+                "made_at": time.time(),
+                "config": config.model_dump(mode="json"),
+                "numerics": identity.numerics,
+                "seconds": self.seconds,
+            }
+            number, _, is_new = draft.publish(config.catalog.name, facts, volatile)
+        self.seconds["reduce"] = stage.seconds
+        self.voice.event("done", {"snapshot": number, "is_new": is_new})
+        self.voice.flush()
+        catalog = Catalog(config.store.root, config.catalog.name, number)
+        return Analysis(catalog=catalog, is_new=is_new, failures=tuple(failures), seconds=self.seconds)
+
+    def _facts(self, records: list[SourceRecord], receipts: list[Receipt], failures: list[Failure]) -> dict[str, Any]:
+        """The part of the manifest that belongs to the content."""
+        config = self.config
+        tokens: dict[str, Counter[str]] = {}
+        slices: dict[str, Counter[str]] = {}
+        for receipt in receipts:
+            for point, books in receipt.tokens.items():
+                tokens.setdefault(point, Counter()).update(books)
+            here = slices.setdefault(receipt.shard.slice, Counter())
+            here.update(
+                shards=1,
+                contexts=receipt.shard.num_contexts,
+                tokens=receipt.shard.num_tokens,
+            )
+        dropped: Counter[str] = Counter()
+        for record in records:
+            dropped.update(record.dropped)
+        fits = {
+            str(site): publish.merged_fit(self.blobs, index, receipts)[1]
+            for index, site in enumerate(self.identity.saes)
+        }
+        return {
+            "identity": self.identity.fields,
+            "measure_id": self.identity.measure_id,
+            "preparation_id": self.identity.preparation_id,
+            "ranking": config.ranking.model_dump(mode="json"),
+            "span_groups": ranges.group_names(config.sampling),
+            "shards": [receipt.shard.model_dump(mode="json") for receipt in receipts],
+            "coverage": {
+                "complete": not failures,
+                "missing": [failure.shard.shard_id for failure in failures],
+                "shards": len(receipts),
+                "slices": {name: dict(counts) for name, counts in sorted(slices.items())},
+                "tokens": {point: dict(books) for point, books in sorted(tokens.items())},
+                "records_dropped": dict(sorted(dropped.items())),
+                "tokens_truncated": sum(record.tokens_truncated for record in records),
+                "sources": [record.names for record in records],
+            },
+            "fraction_of_variance_unexplained": {k: None if np.isnan(v) else v for k, v in fits.items()},
+        }
+
+
+def _spread(shards: list[ShardRecord]) -> tuple[ShardRecord, ...]:
+    """A few shards for the preflight: the first of every slice, then others."""
+    first: dict[str, ShardRecord] = {}
+    for shard in shards:
+        first.setdefault(shard.slice, shard)
+    return tuple(first.values())[:_PROBE_SHARDS]
+
+
+def _result(outcome: Outcome[Any, Any], what: str) -> Any:
+    if outcome.result is None:
+        raise CensusError(f"{what} failed: {outcome.kind}: {outcome.message}\n{outcome.details}")
+    return outcome.result
+
+
+def _in_order(tasks: list[Any], outcomes: Iterator[Outcome[Any, Any]]) -> Iterator[Outcome[Any, Any]]:
+    """Outcomes in the order of tasks, whatever order they come in."""
+    waiting: dict[Any, Outcome[Any, Any]] = {}
+    wanted = iter(tasks)
+    task = next(wanted, None)
+    for outcome in outcomes:
+        waiting[outcome.task] = outcome
+        while task in waiting:
+            yield waiting.pop(task)
+            task = next(wanted, None)

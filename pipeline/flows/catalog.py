@@ -1,0 +1,88 @@
+"""Read a catalog: features, spans and statistics of a published snapshot, in memory or by key."""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import ConfigError
+from pipeline.io import store, tables
+from pipeline.io.blobs import LocalBlobs
+from pipeline.steps import layout, publish
+
+
+class Catalog:
+    """A published snapshot. Tables are pyarrow tables; `.to_pandas()` or polars' `from_arrow` take them on."""
+
+    def __init__(self, root: str | Path, name: str = "default", snapshot: int | None = None):
+        """Open the newest snapshot, or a numbered one.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        blobs = LocalBlobs(root)
+        numbers = publish.snapshots(blobs, name)
+        if not numbers or (snapshot is not None and snapshot not in numbers):
+            others = sorted(p.parent.parent.name for p in blobs.path("catalogs").glob("*/[0-9]*/manifest.json"))
+            raise ConfigError(
+                f"there is no catalog {name!r}{f' with snapshot {snapshot}' if snapshot else ''} in {blobs.root}; "
+                f"there are {', '.join(sorted(set(others))) or 'none'}"
+            )
+        self.number = numbers[-1] if snapshot is None else snapshot
+        self.folder = publish.folder_of(blobs, name, self.number)
+        self.manifest: dict[str, Any] = json.loads(blobs.get(layout.snapshot(name, self.number, "manifest.json")))
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal catalogs."""
+        return str(self.manifest["digest"])
+
+    @cached_property
+    def features(self) -> tables.Table:
+        """All of `features.parquet`, sorted by hook point, SAE and feature."""
+        return tables.read(self.folder / "features.parquet")
+
+    @cached_property
+    def slices(self) -> tables.Table:
+        """All of `slices.parquet`."""
+        return tables.read(self.folder / "slices.parquet")
+
+    def feature(self, hook_point: str, sae: str, feature_id: int) -> dict[str, Any]:
+        """The row of one feature.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        rows = self._of_key("features.parquet", hook_point, sae, feature_id).to_pylist()
+        if not rows:
+            raise KeyError(f"no feature {feature_id} of {sae} at {hook_point} in {self.folder}")
+        found: dict[str, Any] = rows[0]
+        return found
+
+    def spans(self, hook_point: str, sae: str, feature_id: int, groups: Sequence[str] | None = None) -> tables.Table:
+        """The spans of one feature, by group and rank; one row group is read, not the table."""
+        found = self._of_key("spans.parquet", hook_point, sae, feature_id)
+        if groups is None:
+            return found
+        keep = [group in groups for group in found["group"].to_pylist()]
+        return found.filter(keep)
+
+    def best(self, num_features: int, hook_point: str | None = None, sae: str | None = None) -> tables.Table:
+        """The best ranked features of every SAE, or of one, by rank."""
+        table = self.features
+        keep = np.asarray(table["rank"]) <= num_features
+        for column, wanted in (("hook_point", hook_point), ("sae", sae)):
+            if wanted is not None:
+                keep &= np.asarray(table[column].to_pylist()) == wanted
+        return table.filter(keep).sort_by([("hook_point", "ascending"), ("sae", "ascending"), ("rank", "ascending")])
+
+    def statistics(self, hook_point: str, sae: str) -> dict[str, np.ndarray]:
+        """The arrays of one SAE: counts, fixed-point sums, histogram with its edges."""
+        return store.read_tree(self.folder / "statistics.zarr", f"{hook_point}/{sae}")
+
+    def _of_key(self, file: str, hook_point: str, sae: str, feature_id: int) -> tables.Table:
+        key = [("hook_point", "=", hook_point), ("sae", "=", sae), ("feature_id", "=", feature_id)]
+        return tables.read(self.folder / file, filters=key)

@@ -1,0 +1,445 @@
+"""The door to text: files, URLs and datasets as sources of documents, one bad record costing one record.
+
+A source is the unit that is prepared, resumed and identified: one file (or a group of small ones) or one
+split of a dataset. Its identity is its content, its name inside the pattern that found it, and its slice;
+never the folder it happens to lie in.
+"""
+
+import csv
+import glob
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from pipeline.errors import SourceError
+from pipeline.io import embedded, tables
+
+FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt")
+PACKED = (".gz", ".zst")
+
+Reason = Literal[
+    "not_utf8", "not_json", "not_an_object", "missing_column", "null", "not_text", "empty", "giant", "bad_row"
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadSettings:
+    """How records are read; a part of every source's identity."""
+
+    column: str
+    split: str
+    revision: str | None
+    streaming: bool
+    txt_documents: Literal["file", "line"]
+    max_record_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One unit of preparation."""
+
+    slice: str
+    names: tuple[str, ...]
+    """Of its files, inside the pattern that found them; or the dataset's name."""
+    paths: tuple[str, ...]
+    """Where the files lie; empty for a dataset."""
+    dataset: str | None
+    digest: str
+    """sha256 of the content."""
+
+    def identity(self, settings: ReadSettings) -> str:
+        """The name under which what was prepared is filed."""
+        how = [settings.column, settings.txt_documents, settings.max_record_bytes]
+        if self.dataset is not None:
+            how += [settings.split]
+        return hashlib.sha256(json.dumps([self.slice, self.names, self.digest, how]).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A usable record."""
+
+    document_id: str
+    """Stable: a hash of slice, file name and record number."""
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """A record that is not used, and why."""
+
+    file: str
+    line: int
+    """Line of a text file, counted from 1; else the record's number."""
+    reason: Reason
+    detail: str
+
+
+def find_sources(
+    source: str | Sequence[str] | Mapping[str, str | Sequence[str]],
+    settings: ReadSettings,
+    *,
+    group_files: int = 1,
+    embedded_chars: int = 0,
+) -> list[Source]:
+    """Everything a `corpus.source` names, sorted by slice and name.
+
+    Args:
+        source: a file, glob, URL, dataset directory or dataset id; several; or a mapping slice -> those.
+        settings: how it will be read.
+        group_files: about how many files share one source; the cut falls after a file whose name hashes to a
+            multiple of it, so that a new file changes one group only.
+        embedded_chars: length of an embedded text.
+
+    Raises:
+        SourceError: if a part names nothing that can be read.
+    """
+    by_slice = source if isinstance(source, Mapping) else {"all": source}
+    found: dict[str, Source] = {}
+    for slice_name, parts in by_slice.items():
+        files: list[tuple[str, Path]] = []
+        for part in [parts] if isinstance(parts, str) else parts:
+            located = _locate(part, embedded_chars)
+            if isinstance(located, str):
+                unit = _dataset_source(slice_name, located, settings)
+                found[unit.identity(settings)] = unit
+            else:
+                files += located
+        for group in _groups(sorted(set(files)), group_files):
+            unit = Source(
+                slice=slice_name,
+                names=tuple(name for name, _ in group),
+                paths=tuple(str(path) for _, path in group),
+                dataset=None,
+                digest=_digest(path for _, path in group),
+            )
+            found[unit.identity(settings)] = unit  # the same file named twice is one source
+    return sorted(found.values(), key=lambda unit: (unit.slice, unit.names, unit.digest))
+
+
+def read(source: Source, settings: ReadSettings) -> Iterator[Document | BadRecord]:
+    """Every record of a source in its order, good or bad.
+
+    Raises:
+        SourceError: if a file changed since it was found, cannot be read as its format, or no record at all
+            has the text column.
+    """
+    if source.dataset is not None:
+        rows = ((number, row) for number, row in enumerate(_dataset_rows(source.dataset, settings)))
+        yield from _records(source, source.names[0], rows, settings)
+        return
+    if _digest(map(Path, source.paths)) != source.digest:
+        raise SourceError(f"{', '.join(source.paths)} changed while it was being prepared; run the command again")
+    for name, path in zip(source.names, map(Path, source.paths), strict=True):
+        yield from _records(source, name, _rows(path, settings), settings)
+
+
+# --- finding ----------------------------------------------------------------------------------------------
+
+
+def _locate(part: str, embedded_chars: int) -> list[tuple[str, Path]] | str:
+    """Files with their names, or the id of a dataset."""
+    if part.startswith(embedded.PREFIX):
+        path = embedded.corpus_path(part, embedded_chars)
+        return [(path.name, path)]
+    if "://" in part:
+        return [_download(part)]
+    path = Path(part).expanduser()
+    if path.is_file():
+        _format(path)
+        return [(path.name, path)]
+    if path.is_dir():
+        return part
+    if glob.has_magic(part):
+        base = Path(*_before_magic(path.parts))
+        pattern = Path(*path.parts[len(base.parts) :])
+        files = [file for file in base.glob(str(pattern)) if file.is_file()]
+        if not files:
+            raise SourceError(f"corpus.source {part} matches no file")
+        for file in files:
+            _format(file)
+        return [(file.relative_to(base).as_posix(), file) for file in files]
+    looks_local = path.is_absolute() or part.startswith((".", "~")) or part.count("/") > 1
+    if looks_local or any(part.endswith(suffix) for suffix in FORMATS + PACKED):
+        raise SourceError(f"corpus.source {part} does not exist; expected a file, a glob, a URL or a dataset")
+    return part
+
+
+def _before_magic(parts: tuple[str, ...]) -> list[str]:
+    fixed = []
+    for part in parts[:-1]:
+        if glob.has_magic(part):
+            break
+        fixed.append(part)
+    return fixed
+
+
+def _format(path: Path) -> str:
+    name = path.name.lower()
+    for packed in PACKED:
+        name = name.removesuffix(packed)
+    suffix = Path(name).suffix
+    if suffix not in FORMATS or (suffix in (".parquet", ".arrow") and path.suffix in PACKED):
+        raise SourceError(
+            f"corpus file {path} is of no known format; expected {', '.join(FORMATS)} (text formats also with "
+            f"{' or '.join(PACKED)})"
+        )
+    return suffix
+
+
+def _download(url: str) -> tuple[str, Path]:
+    import fsspec
+
+    name = url.rstrip("/").rsplit("/", 1)[-1]
+    target = embedded.cache_dir() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+    _format(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{name}.draft")
+    try:
+        with fsspec.open(url, "rb") as remote, draft.open("wb") as local:
+            while block := remote.read(1 << 20):
+                local.write(block)
+    except Exception as error:  # every protocol has errors of its own
+        raise SourceError(f"corpus.source {url} could not be fetched: {error}") from error
+    draft.replace(target)
+    return name, target
+
+
+def _groups(files: list[tuple[str, Path]], size: int) -> Iterator[list[tuple[str, Path]]]:
+    group: list[tuple[str, Path]] = []
+    for name, path in files:
+        group.append((name, path))
+        if int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % size == 0:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    whole = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise SourceError(f"corpus file {path} cannot be read: {error.strerror}") from error
+    return whole.hexdigest()
+
+
+# --- datasets -----------------------------------------------------------------------------------------------
+
+
+def _dataset(name: str, settings: ReadSettings) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = Path(name).expanduser()
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            stored = datasets.load_from_disk(str(path))
+            return stored[settings.split] if isinstance(stored, datasets.DatasetDict) else stored
+        return datasets.load_dataset(
+            str(path) if path.is_dir() else name,
+            split=settings.split,
+            revision=settings.revision,
+            streaming=settings.streaming,
+        )
+    except Exception as error:  # the library raises a dozen kinds for one cause: this is no such dataset
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SourceError(
+            f"corpus.source {name} is neither a file nor a dataset with split {settings.split!r}: {reason}"
+        ) from error
+
+
+def _dataset_rows(name: str, settings: ReadSettings) -> Iterator[Any]:
+    loaded = _dataset(name, settings)
+    names = loaded.column_names
+    if names is not None and settings.column not in names:
+        raise tables.missing_column(name, settings.column, names)
+    yield from loaded if names is None else loaded.select_columns([settings.column])
+
+
+def _dataset_source(slice_name: str, name: str, settings: ReadSettings) -> Source:
+    """A split of a dataset. Its digest is over the texts themselves, so a move or a re-download changes nothing."""
+    whole = hashlib.sha256()
+    for row in _dataset_rows(name, settings):
+        text = row.get(settings.column)
+        whole.update(json.dumps(text, default=str).encode() + b"\n")
+    label = Path(name).name if Path(name).expanduser().is_dir() else name
+    return Source(slice=slice_name, names=(label,), paths=(), dataset=name, digest=whole.hexdigest())
+
+
+# --- records ------------------------------------------------------------------------------------------------
+
+Row = tuple[int, Any]
+"""A record's number and its value: a mapping with the column, or a `_Bad`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bad:
+    reason: Reason
+    detail: str = ""
+
+
+def _records(source: Source, name: str, rows: Iterable[Row], settings: ReadSettings) -> Iterator[Document | BadRecord]:
+    keys: set[str] = set()
+    num_records = num_missing = 0
+    for line, row in rows:
+        num_records += 1
+        text = _text(row, settings)
+        if isinstance(text, str):
+            digest = hashlib.sha256(f"{source.slice}\0{name}\0{line}".encode())
+            yield Document(digest.hexdigest()[:24], text)
+            continue
+        if text.reason == "missing_column":
+            num_missing += 1
+            keys.update(map(str, row))
+        yield BadRecord(name, line, text.reason, text.detail)
+    if num_missing and num_missing == num_records:
+        raise tables.missing_column(name, settings.column, keys)
+
+
+def _text(row: Any, settings: ReadSettings) -> str | _Bad:
+    if isinstance(row, _Bad):
+        return row
+    if not isinstance(row, Mapping):
+        return _Bad("not_an_object", type(row).__name__)
+    if settings.column not in row:
+        return _Bad("missing_column", ", ".join(map(str, row))[:200])
+    text = row[settings.column]
+    if text is None:
+        return _Bad("null")
+    if not isinstance(text, str):
+        return _Bad("not_text", type(text).__name__)
+    if not text.strip():
+        return _Bad("empty")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return _Bad("not_utf8", "a lone surrogate")
+    if size > settings.max_record_bytes:
+        return _Bad("giant", f"{size} bytes; corpus.max_record_bytes is {settings.max_record_bytes}")
+    return text
+
+
+def _rows(path: Path, settings: ReadSettings) -> Iterator[Row]:
+    suffix = _format(path)
+    if suffix in (".parquet", ".arrow"):
+        number = 0
+        for batch in tables.column_batches(path, settings.column):
+            for value in batch:
+                yield number, {settings.column: value}
+                number += 1
+        return
+    try:
+        with _opened(path) as file:
+            match suffix:
+                case ".jsonl":
+                    yield from _jsonl(file, settings)
+                case ".json":
+                    yield from _json(file, settings)
+                case ".csv":
+                    yield from _csv(file, path, settings)
+                case _:
+                    yield from _txt(file, settings)
+    except (OSError, EOFError) as error:
+        raise SourceError(f"corpus file {path} is damaged: {error}") from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]  # a GzipFile reads like any binary file
+    if path.suffix == ".zst":
+        import zstandard
+
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True))
+    return path.open("rb")
+
+
+def _lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | _Bad]]:
+    """Lines without their ends; a giant one is passed over in constant memory."""
+    number = 0
+    while line := file.readline(max_bytes + 2):
+        number += 1
+        if len(line) > max_bytes and not line.endswith(b"\n"):
+            size = len(line)
+            while line and not line.endswith(b"\n"):
+                line = file.readline(1 << 20)
+                size += len(line)
+            yield number, _Bad("giant", f"{size} bytes; corpus.max_record_bytes is {max_bytes}")
+        else:
+            line = line.rstrip(b"\r\n")
+            yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+
+
+def _decoded(line: bytes) -> str | _Bad:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        return _Bad("not_utf8", f"byte {error.start}: {line[error.start : error.start + 4].hex()}")
+
+
+def _jsonl(file: BinaryIO, settings: ReadSettings) -> Iterator[Row]:
+    for number, line in _lines(file, settings.max_record_bytes):
+        text = line if isinstance(line, _Bad) else _decoded(line)
+        yield number, _parsed(text) if isinstance(text, str) else text
+
+
+def _parsed(text: str) -> Any:
+    if not text.strip():
+        return _Bad("empty")
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return _Bad("not_json", f"{error}: {text[:80]}")
+
+
+def _json(file: BinaryIO, settings: ReadSettings) -> Iterator[Row]:
+    """An array of records, an object that holds one, a single record, or (as is common) JSON lines."""
+    body = file.read()
+    try:
+        whole = json.loads(body)
+    except ValueError:
+        yield from _jsonl(io.BytesIO(body), settings)
+        return
+    if isinstance(whole, Mapping) and settings.column not in whole:
+        lists = [value for value in whole.values() if isinstance(value, list)]
+        whole = lists[0] if len(lists) == 1 else whole
+    yield from enumerate(whole if isinstance(whole, list) else [whole])
+
+
+def _csv(file: BinaryIO, path: Path, settings: ReadSettings) -> Iterator[Row]:
+    csv.field_size_limit(max(settings.max_record_bytes, 1 << 17))
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.DictReader(lines)
+    if reader.fieldnames and settings.column not in reader.fieldnames:
+        raise tables.missing_column(path, settings.column, reader.fieldnames)
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield reader.line_num, _Bad("bad_row", str(error))
+            continue
+        yield reader.line_num, row
+
+
+def _txt(file: BinaryIO, settings: ReadSettings) -> Iterator[Row]:
+    if settings.txt_documents == "line":
+        for number, line in _lines(file, settings.max_record_bytes):
+            text = line if isinstance(line, _Bad) else _decoded(line)
+            yield number, {settings.column: text} if isinstance(text, str) else text
+        return
+    body = file.read(settings.max_record_bytes + 1)
+    if len(body) > settings.max_record_bytes:
+        yield 0, _Bad("giant", f"over {settings.max_record_bytes} bytes; set corpus.txt_documents=line?")
+        return
+    text = _decoded(body.removeprefix(b"\xef\xbb\xbf"))
+    yield 0, {settings.column: text} if isinstance(text, str) else text

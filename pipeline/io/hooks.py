@@ -1,0 +1,169 @@
+"""Which module tensor is which stream, by model family; read-only captures that stop the forward early.
+
+The table follows the public TransformerLens names. `in` is the first argument of a module's forward,
+`out` its (first) output. Where a family has no such tensor the stream is absent and asking for it is an
+error: parallel blocks (phi, most of gpt_neox) have no resid_mid.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+from pipeline.types import HookPoint, Stream
+
+
+class Tap(NamedTuple):
+    """A tensor of a block: the path of a submodule ("" is the block itself) and its side."""
+
+    path: str
+    side: Literal["in", "out"]
+
+
+def _taps(attn: str, z: str, mlp: str, post: str, mid: Tap | None) -> dict[Stream, Tap]:
+    taps: dict[Stream, Tap] = {
+        "resid_pre": Tap("", "in"),
+        "resid_post": Tap("", "out"),
+        "attn_out": Tap(attn, "out"),
+        "attn_z": Tap(f"{attn}.{z}", "in"),
+        "mlp_in": Tap(mlp, "in"),
+        "mlp_out": Tap(mlp, "out"),
+        "mlp_post": Tap(f"{mlp}.{post}", "in"),
+    }
+    return taps | ({"resid_mid": mid} if mid else {})
+
+
+_LLAMA = _taps("self_attn", "o_proj", "mlp", "down_proj", Tap("post_attention_layernorm", "in"))
+# Gemma 2 and 3 norm what attention and MLP write; the residual stream receives the normed tensors.
+_GEMMA = _LLAMA | {
+    "resid_mid": Tap("pre_feedforward_layernorm", "in"),
+    "attn_out": Tap("post_attention_layernorm", "out"),
+    "mlp_out": Tap("post_feedforward_layernorm", "out"),
+}
+_NEOX = _taps("attention", "dense", "mlp", "dense_4h_to_h", None)
+
+FAMILIES: dict[str, dict[Stream, Tap]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3"), _LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), _GEMMA),
+    "gpt2": _taps("attn", "c_proj", "mlp", "c_proj", Tap("ln_2", "in")),
+    "gpt_neox": _NEOX,
+    "phi": _taps("self_attn", "dense", "mlp", "fc2", None),
+}
+
+
+def taps_of(model_type: str, *, parallel_residual: bool = True) -> dict[Stream, Tap]:
+    """The streams of a model family.
+
+    Args:
+        model_type: the `model_type` of the model's config.
+        parallel_residual: gpt_neox only; without it attention and MLP are in sequence and resid_mid exists.
+
+    Raises:
+        ConfigError: if the family is not in the table.
+    """
+    if model_type not in FAMILIES:
+        raise ConfigError(
+            f"model family {model_type!r} is not supported; expected one of {', '.join(sorted(FAMILIES))}"
+        )
+    taps = FAMILIES[model_type]
+    if model_type == "gpt_neox" and not parallel_residual:
+        taps = taps | {"resid_mid": Tap("post_attention_layernorm", "in")}
+    return taps
+
+
+def find_blocks(model: nn.Module, num_layers: int) -> nn.ModuleList:
+    """The model's decoder blocks: the one ModuleList of that length outside any vision tower.
+
+    Raises:
+        ConfigError: if there is none, or more than one.
+    """
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and "vision" not in name
+    ]
+    if len(found) != 1:
+        names = ", ".join(name for name, _ in found) or "none"
+        raise ConfigError(f"expected one list of {num_layers} decoder blocks in the model, found {names}")
+    return found[0][1]
+
+
+def check_point(point: HookPoint, taps: dict[Stream, Tap], num_layers: int) -> None:
+    """Raises ConfigError if a model of these streams and layers has no such hook point."""
+    if point.layer >= num_layers:
+        raise ConfigError(
+            f"hook point {point} asks for layer {point.layer}, but the model has layers 0 to {num_layers - 1}"
+        )
+    if point.stream not in taps:
+        raise ConfigError(f"hook point {point}: this model family has no {point.stream}; it has {', '.join(taps)}")
+
+
+class _Stop(Exception):  # noqa: N818  # a signal, not an error
+    """Raised by the deepest hook: nothing after it is needed."""
+
+
+class Captures:
+    """Reads the tensors at some hook points of one forward pass and stops the pass after the deepest.
+
+    Use as a context manager around calls of `run`. Hooks only read; they are gone after the block, also
+    after an exception.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, taps: dict[Stream, Tap], points: Iterable[HookPoint]):
+        self._points = sorted(set(points))
+        for point in self._points:
+            check_point(point, taps, len(blocks))
+        self._blocks, self._taps = blocks, taps
+        self._missing: set[HookPoint] = set()
+        self._got: dict[HookPoint, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "Captures":
+        for point in self._points:
+            path, side = self._taps[point.stream]
+            module = self._blocks[point.layer].get_submodule(path)
+            if side == "in":
+                hook = module.register_forward_pre_hook(self._pre_hook(point), with_kwargs=True)
+            else:
+                hook = module.register_forward_hook(self._post_hook(point))
+            self._handles.append(hook)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _keep(self, point: HookPoint, value: Any) -> None:
+        self._got[point] = value[0] if isinstance(value, tuple) else value
+        self._missing.discard(point)
+        if not self._missing:
+            raise _Stop
+
+    def _pre_hook(self, point: HookPoint) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._keep(point, args[0] if args else kwargs["hidden_states"])
+
+        return hook
+
+    def _post_hook(self, point: HookPoint) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            self._keep(point, output)
+
+        return hook
+
+    def run(self, model: nn.Module, input_ids: Tensor) -> dict[HookPoint, Tensor]:
+        """One forward pass over `input_ids` (B, T); the tensors (B, T, width) by hook point.
+
+        Contexts are right-padded and the attention is causal, so no attention mask is needed: what stands
+        at padded positions never reaches a real one.
+        """
+        self._got, self._missing = {}, set(self._points)
+        try:
+            with torch.inference_mode():
+                model(input_ids=input_ids, use_cache=False)
+        except _Stop:
+            pass
+        return self._got

@@ -1,0 +1,194 @@
+"""The door to pyarrow: Parquet with page checksums as bytes or files, and columns read back in batches."""
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from pipeline.errors import CorruptError, SourceError
+
+_KEY = [pa.field("hook_point", pa.string()), pa.field("sae", pa.string()), pa.field("feature_id", pa.int32())]
+
+SHARD = pa.schema(
+    [
+        pa.field("input_ids", pa.list_(pa.int32())),
+        pa.field("document_id", pa.list_(pa.string())),
+        pa.field("document_start", pa.list_(pa.int32())),
+        pa.field("slice", pa.string()),
+    ]
+)
+FEATURES = pa.schema(
+    [
+        *_KEY,
+        pa.field("layer", pa.int32()),
+        pa.field("stream", pa.string()),
+        pa.field("rank", pa.int32()),
+        pa.field("score", pa.float64()),
+        pa.field("count", pa.int64()),
+        pa.field("tokens_counted", pa.int64()),
+        pa.field("frequency", pa.float64()),
+        pa.field("context_count", pa.int64()),
+        pa.field("context_frequency", pa.float64()),
+        pa.field("mean", pa.float64()),
+        pa.field("mean_when_firing", pa.float64()),
+        pa.field("std", pa.float64()),
+        pa.field("max", pa.float64()),
+        pa.field("p50", pa.float64()),
+        pa.field("p95", pa.float64()),
+        pa.field("p99", pa.float64()),
+        pa.field("dead", pa.bool_()),
+        pa.field("proto_label", pa.string()),
+        pa.field("label", pa.string()),
+        pa.field("decoder_norm", pa.float64()),
+    ]
+)
+SLICES = pa.schema(
+    [
+        *_KEY,
+        pa.field("slice", pa.string()),
+        pa.field("count", pa.int64()),
+        pa.field("tokens_counted", pa.int64()),
+        pa.field("frequency", pa.float64()),
+        pa.field("sum", pa.float64()),
+        pa.field("mean_when_firing", pa.float64()),
+        pa.field("max", pa.float64()),
+    ]
+)
+SPANS = pa.schema(
+    [
+        *_KEY,
+        pa.field("group", pa.string()),
+        pa.field("sample_rank", pa.int32()),
+        pa.field("shard_id", pa.string()),
+        pa.field("context_id", pa.int32()),
+        pa.field("document_id", pa.string()),
+        pa.field("slice", pa.string()),
+        pa.field("position", pa.int32()),
+        pa.field("start", pa.int32()),
+        pa.field("stop", pa.int32()),
+        pa.field("value", pa.float32()),
+        pa.field("text", pa.string()),
+        pa.field("tokens", pa.list_(pa.string())),
+        pa.field("token_ids", pa.list_(pa.int32())),
+        pa.field("values", pa.list_(pa.float32())),
+    ]
+)
+Table = pa.Table
+ROWS_PER_GROUP = 4096
+
+_OPTIONS: dict[str, Any] = {
+    "compression": "zstd",
+    "compression_level": 1,
+    "write_page_checksum": True,
+    "write_page_index": True,
+    "store_schema": True,
+}
+
+
+def table(schema: pa.Schema, columns: dict[str, Any]) -> pa.Table:
+    """Columns (lists or NumPy arrays) as a table of exactly this schema."""
+    return pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema}, schema=schema)
+
+
+def to_bytes(data: pa.Table) -> bytes:
+    """A table as the bytes of one Parquet file."""
+    target = io.BytesIO()
+    pq.write_table(data, target, row_group_size=ROWS_PER_GROUP, **_OPTIONS)
+    return target.getvalue()
+
+
+def write(path: Path, schema: pa.Schema, parts: Iterable[pa.Table]) -> int:
+    """Tables, one after another, as one Parquet file; the number of rows."""
+    num_rows = 0
+    with pq.ParquetWriter(path, schema, **_OPTIONS) as writer:
+        for part in parts:
+            writer.write_table(part, row_group_size=ROWS_PER_GROUP)
+            num_rows += part.num_rows
+    return num_rows
+
+
+def read(path: Path, columns: Sequence[str] | None = None, **options: Any) -> pa.Table:
+    """A Parquet file of ours as a table, its page checksums verified.
+
+    Raises:
+        CorruptError: if it is not readable or a checksum differs.
+    """
+    try:
+        return pq.read_table(path, columns=columns, page_checksum_verification=True, **options)
+    except (OSError, pa.ArrowException) as error:
+        raise CorruptError(f"{path} cannot be read: {error}") from error
+
+
+def ragged(data: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """A list column as flat arrays: where each row starts (N + 1), and the values of all rows."""
+    lists = data[column].combine_chunks()
+    return lists.offsets.to_numpy().astype(np.int64), lists.values.to_numpy(zero_copy_only=False)
+
+
+def lists(start: np.ndarray, values: np.ndarray, texts: Sequence[str] | None = None) -> pa.ListArray:
+    """The list column of `ragged`; with `texts`, the values are indices into them."""
+    flat = pa.array(values) if texts is None else pa.array(texts, pa.string()).take(pa.array(values))
+    return pa.ListArray.from_arrays(pa.array(start, pa.int32()), flat)
+
+
+def ipc_bytes(data: pa.Table) -> bytes:
+    """A table as bytes that pass between processes."""
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, data.schema) as writer:
+        writer.write_table(data)
+    return sink.getvalue()
+
+
+def from_ipc(body: bytes) -> pa.Table:
+    """The table of `ipc_bytes`."""
+    with pa.ipc.open_stream(body) as reader:
+        return reader.read_all()
+
+
+def column_batches(path: Path, column: str) -> Iterator[list[Any]]:
+    """The values of one column of a user's Parquet or Arrow file, batch by batch.
+
+    Raises:
+        SourceError: if the file is not readable or lacks the column (the message names those it has).
+    """
+    try:
+        if path.suffix == ".parquet":
+            file = pq.ParquetFile(path)
+            _require(path, column, file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                yield batch.column(0).to_pylist()
+        else:
+            yield from _arrow_batches(path, column)
+    except (OSError, pa.ArrowException) as error:
+        raise SourceError(f"{path} is not a readable {path.suffix[1:]} file: {error}") from error
+
+
+def _arrow_batches(path: Path, column: str) -> Iterator[list[Any]]:
+    with pa.memory_map(str(path)) as source:
+        try:
+            reader: Any = pa.ipc.open_file(source)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        except pa.ArrowInvalid:  # the streaming form, which datasets writes
+            source.seek(0)
+            reader = batches = pa.ipc.open_stream(source)
+        _require(path, column, reader.schema.names)
+        for batch in batches:
+            yield batch.column(column).to_pylist()
+
+
+def _require(path: Path, column: str, names: Sequence[str]) -> None:
+    if column not in names:
+        raise missing_column(path, column, names)
+
+
+def missing_column(path: Path | str, column: str, names: Iterable[str]) -> SourceError:
+    """The error for a source without the text column."""
+    return SourceError(
+        f"{path} has no column {column!r}; it has {', '.join(map(repr, sorted(names))) or 'none'}; "
+        "set corpus.column to the one with the text"
+    )

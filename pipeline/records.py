@@ -1,0 +1,84 @@
+"""What the store says in JSON: sources, shards, receipts, failures. Frozen, validated on reading."""
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON: sorted keys, one form for one content."""
+        return canonical(self.model_dump(mode="json"))
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys, indented for readers, ending in a newline."""
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def digest_of(value: Any) -> str:
+    """A 128-bit name for a JSON value."""
+    return hashlib.sha256(canonical(value)).hexdigest()[:32]
+
+
+class ShardRecord(_Record):
+    """A run of contexts, named by the digest of its content."""
+
+    shard_id: str
+    slice: str
+    num_contexts: int
+    num_tokens: int
+    num_documents: int
+    """Documents with at least one token in it."""
+
+
+class SourceRecord(_Record):
+    """What preparing one source gave."""
+
+    source_id: str
+    slice: str
+    names: tuple[str, ...]
+    content_sha256: str
+    complete: bool
+    """False if corpus.max_tokens ended it early."""
+    shards: tuple[ShardRecord, ...]
+    num_documents: int
+    tokens_truncated: int
+    dropped: dict[str, int]
+    """Bad records by reason."""
+
+
+class Part(_Record):
+    """One object of a partial."""
+
+    key: str
+    sha256: str
+    num_bytes: int
+
+
+class Receipt(_Record):
+    """The commit record of a partial: written last, names its bytes."""
+
+    shard: ShardRecord
+    measure_id: str
+    parts: tuple[Part, ...]
+    tokens: dict[str, dict[str, int]]
+    """By hook point: counted tokens, and those that each mask rule excluded; padding included."""
+    contexts: dict[str, int]
+    """By hook point: contexts with at least one counted token."""
+    ran: dict[str, Any]
+    """Host, time and seconds; decides nothing."""
+
+
+class Failure(_Record):
+    """Why a shard is not in a catalog."""
+
+    shard: ShardRecord
+    kind: str
+    message: str
+    attempts: int
+    details: str

@@ -1,0 +1,1 @@
+"""Units of work that can be retried, and what binds them."""

@@ -1,0 +1,71 @@
+"""Where everything lies in a store: the one place that spells keys."""
+
+
+def source(preparation_id: str, source_id: str) -> str:
+    """What preparing a source gave."""
+    return f"corpora/{preparation_id}/sources/{source_id}.json"
+
+
+def preparation(preparation_id: str) -> str:
+    """What decides tokens and contexts."""
+    return f"corpora/{preparation_id}/manifest.json"
+
+
+def shard(preparation_id: str, shard_id: str) -> str:
+    """The contexts of a shard."""
+    return f"corpora/{preparation_id}/shards/{shard_id}.parquet"
+
+
+def quarantine(preparation_id: str, source_id: str) -> str:
+    """The bad records of a source."""
+    return f"corpora/{preparation_id}/quarantine/{source_id}.jsonl"
+
+
+def measure(measure_id: str) -> str:
+    """What decides a partial's bytes, and the config that first asked for it."""
+    return f"measures/{measure_id}/manifest.json"
+
+
+def partial(measure_id: str, sha256: str) -> str:
+    """The statistics and samples of one shard."""
+    return f"measures/{measure_id}/partials/{sha256}.zarr.zip"
+
+
+def receipts(measure_id: str) -> str:
+    """The folder of receipts."""
+    return f"measures/{measure_id}/receipts"
+
+
+def receipt(measure_id: str, shard_id: str) -> str:
+    """The commit record of a shard."""
+    return f"{receipts(measure_id)}/{shard_id}.json"
+
+
+def failure(measure_id: str, shard_id: str) -> str:
+    """Why a shard was quarantined."""
+    return f"measures/{measure_id}/failures/{shard_id}.json"
+
+
+def events(measure_id: str, run_id: str) -> str:
+    """The JSON lines of one run."""
+    return f"measures/{measure_id}/events/{run_id}.jsonl"
+
+
+def catalog(name: str) -> str:
+    """The folder of a catalog."""
+    return f"catalogs/{name}"
+
+
+def identity(name: str) -> str:
+    """The fields that every snapshot of a catalog shares."""
+    return f"{catalog(name)}/identity.json"
+
+
+def snapshot(name: str, number: int, file: str) -> str:
+    """A file of a numbered snapshot."""
+    return f"{catalog(name)}/{number:06d}/{file}"
+
+
+def latest(name: str) -> str:
+    """A hint at the newest snapshot; the numbered manifests are the truth."""
+    return f"{catalog(name)}/latest.json"

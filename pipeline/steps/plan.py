@@ -1,0 +1,151 @@
+"""Identities and the plan: what decides numbers, what is done, what is left, what it will cost.
+
+Nothing here computes a statistic. A measure is everything but the text that decides the bytes of a partial;
+a catalog is one measure and one preparation, and refuses any other by the name of the field.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.compute.samples import SampleSizes
+from pipeline.compute.stats import NUM_BINS
+from pipeline.config import AnalyzeConfig
+from pipeline.errors import CorruptError, IdentityError
+from pipeline.io.blobs import LocalBlobs
+from pipeline.io.checkpoints import LoadedSae
+from pipeline.records import Receipt, ShardRecord, canonical
+from pipeline.steps import layout
+from pipeline.types import SiteKey
+
+FORMAT = 1
+"""Raise it when the arrays of a partial change."""
+_SAMPLE_BYTES = 22
+"""Stored bytes of a kept sample with the codes of its context, measured on the embedded SAEs."""
+
+
+def default_shard_tokens(device: torch.device, num_layers: int, d_model: int) -> int:
+    """Tokens of a shard: half a minute to a few minutes of one worker, by device class and model size.
+
+    A constant, never a measurement: the same source must give the same shards on every machine of a class.
+    """
+    parameters = 12 * num_layers * d_model**2
+    if device.type == "cuda":
+        return 1 << 22 if parameters < 3e9 else 1 << 20
+    return 1 << 17 if parameters < 5e8 else 1 << 14
+
+
+def measure_fields(
+    config: AnalyzeConfig, model: Mapping[str, Any], saes: Mapping[SiteKey, LoadedSae], numerics: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything but the text that decides a partial's bytes; its hash is the measure's id.
+
+    Args:
+        config: of the job.
+        model: identity of the weights: digest, family, dtype.
+        saes: by site.
+        numerics: as from `io.device.configure`.
+    """
+    kept = ("top", "random", "bands", "per_band", "silent", "seed")
+    return {
+        "format": FORMAT,
+        "model": dict(model),
+        "saes": {str(key): loaded.digest for key, loaded in saes.items()},
+        "context_length": config.corpus.context_length,
+        "masks": config.masks.model_dump(mode="json"),
+        "sampling": {key: getattr(config.sampling, key) for key in kept},
+        "batch_contexts": config.batch.contexts,
+        "codes": config.codes,
+        "numerics": dict(numerics),
+    }
+
+
+def claim(blobs: LocalBlobs, name: str, fields: dict[str, Any]) -> None:
+    """Make a catalog's name stand for these fields, or prove that it already does.
+
+    Raises:
+        IdentityError: naming every field that differs.
+    """
+    if not blobs.put_if_absent(layout.identity(name), canonical(fields)):
+        check_claim(blobs, name, fields)
+
+
+def check_claim(blobs: LocalBlobs, name: str, fields: dict[str, Any]) -> None:
+    """Prove that a catalog's name is free, or stands for these fields.
+
+    Raises:
+        IdentityError: naming every field that differs.
+    """
+    key = layout.identity(name)
+    if not blobs.exists(key):
+        return
+    there, here = _flat(json.loads(blobs.get(key))), _flat(json.loads(canonical(fields)))
+    differing = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
+    if differing:
+        what = "; ".join(f"{k} was {there.get(k)!r}, now {here.get(k)!r}" for k in differing)
+        raise IdentityError(
+            f"catalog {name!r} in {blobs.root} was made under other settings: {what}; go back to those, or choose "
+            "another catalog.name or store.root"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def find_receipt(blobs: LocalBlobs, measure_id: str, shard: ShardRecord) -> Receipt | None:
+    """The receipt of a shard if its partial is sound; one that is not is removed, so that the shard is redone."""
+    key = layout.receipt(measure_id, shard.shard_id)
+    if not blobs.exists(key):
+        return None
+    try:
+        receipt = Receipt.model_validate_json(blobs.get(key))
+        sound = receipt.shard.shard_id == shard.shard_id and receipt.measure_id == measure_id
+        for part in receipt.parts:
+            sound = sound and blobs.digest(part.key) == part.sha256
+    except (ValueError, CorruptError):
+        sound = False
+    if not sound:
+        blobs.delete(key)
+        return None
+    return receipt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a run will take, before it starts."""
+
+    num_shards: int
+    num_done: int
+    num_tokens_left: int
+    partial_bytes: int
+    """Upper estimate for what is left."""
+    worker_bytes: int
+    """Memory of one worker beside model and SAEs."""
+
+
+def estimate(
+    shards: list[ShardRecord], done: int, left: list[ShardRecord], sizes: SampleSizes, num_features: int
+) -> Cost:
+    """Costs that do not need a measurement.
+
+    Args:
+        shards: of the corpus.
+        done: how many have sound receipts.
+        left: those that do not.
+        sizes: samples kept of a feature.
+        num_features: over all SAEs.
+    """
+    samples = sizes.top + sizes.random + (sizes.bands + 1) * sizes.per_band
+    return Cost(
+        num_shards=len(shards),
+        num_done=done,
+        num_tokens_left=sum(shard.num_tokens for shard in left),
+        partial_bytes=len(left) * num_features * samples * _SAMPLE_BYTES,
+        worker_bytes=num_features * (NUM_BINS * 8 + samples * (24 + 2 * _SAMPLE_BYTES)),
+    )

@@ -1,0 +1,202 @@
+"""Prepare one source: records to documents to tokens to contexts to shard files, named by their content.
+
+A unit of work that can be killed and repeated: shard files come first, the source's record last, and the
+same source always gives the same names and bytes.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.compute.packing import Context, Packer
+from pipeline.config import CorpusConfig, ModelConfig
+from pipeline.io import tables
+from pipeline.io.blobs import LocalBlobs
+from pipeline.io.corpus import BadRecord, Document, ReadSettings, Source, read
+from pipeline.io.model import Tokenizer
+from pipeline.records import ShardRecord, SourceRecord, digest_of
+from pipeline.steps import layout
+
+_BATCH_CHARS = 1 << 20
+FORMAT = 1
+"""Raise it when shards are cut or written in another way."""
+
+
+def read_settings(corpus: CorpusConfig) -> ReadSettings:
+    """The part of the config that decides how records are read."""
+    return ReadSettings(
+        column=corpus.column,
+        split=corpus.split,
+        revision=corpus.revision,
+        streaming=corpus.streaming,
+        txt_documents=corpus.txt_documents,
+        max_record_bytes=corpus.max_record_bytes,
+    )
+
+
+def preparation_fields(corpus: CorpusConfig, tokenizer: Tokenizer, shard_tokens: int) -> dict[str, object]:
+    """Everything that decides which tokens stand in which context; its hash is the preparation's id."""
+    bos = corpus.bos == "always" or (corpus.bos == "auto" and tokenizer.adds_bos)
+    return {
+        "format": FORMAT,
+        "tokenizer": tokenizer.digest,
+        "context_length": corpus.context_length,
+        "packing": corpus.packing,
+        "long_documents": corpus.long_documents if corpus.packing == "document" else None,
+        "bos": bos,
+        "shard_tokens": min(shard_tokens, corpus.max_tokens or shard_tokens),
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareSettings:
+    """What a worker needs to prepare sources."""
+
+    root: str
+    model: ModelConfig
+    corpus: CorpusConfig
+    fields: dict[str, object]
+    """As from `preparation_fields`."""
+
+    @property
+    def preparation_id(self) -> str:
+        """The name of the folder of shards."""
+        return digest_of(self.fields)
+
+
+class Preparer:
+    """Prepares sources one by one; holds the tokenizer."""
+
+    def __init__(self, settings: PrepareSettings):
+        self._settings = settings
+        self._blobs = LocalBlobs(settings.root)
+        model = settings.model
+        self._tokenizer = Tokenizer(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+
+    def run(self, source: Source) -> SourceRecord:
+        """Prepare a source, or return what an earlier run left.
+
+        Raises:
+            SourceError: if it cannot be read at all.
+        """
+        corpus, preparation_id = self._settings.corpus, self._settings.preparation_id
+        source_id = source.identity(read_settings(corpus))
+        done = find_source(self._blobs, preparation_id, source_id, corpus.max_tokens)
+        if done is not None:
+            return done
+        packer = self._packer()
+        bad: list[BadRecord] = []
+        counts: Counter[str] = Counter()
+        shards: list[ShardRecord] = []
+        num_tokens, complete = 0, True
+        for contexts in self._shards(packer.pack(self._encoded(source, bad, counts))):
+            shard = self._write_shard(source.slice, contexts)
+            shards.append(shard)
+            num_tokens += shard.num_tokens
+            if corpus.max_tokens is not None and num_tokens >= corpus.max_tokens:
+                complete = False
+                break
+        if bad:
+            lines = (json.dumps({"file": b.file, "line": b.line, "reason": b.reason, "detail": b.detail}) for b in bad)
+            self._blobs.put(layout.quarantine(preparation_id, source_id), ("\n".join(lines) + "\n").encode())
+        record = SourceRecord(
+            source_id=source_id,
+            slice=source.slice,
+            names=source.names,
+            content_sha256=source.digest,
+            complete=complete,
+            shards=tuple(shards),
+            num_documents=counts["documents"],
+            tokens_truncated=packer.tokens_truncated,
+            dropped=dict(sorted(Counter(b.reason for b in bad).items())),
+        )
+        key = source_id if complete else f"{source_id}-{corpus.max_tokens}"
+        self._blobs.put(layout.source(preparation_id, key), record.to_bytes())
+        return record
+
+    def _packer(self) -> Packer:
+        corpus, fields = self._settings.corpus, self._settings.fields
+        bos_id = self._tokenizer.bos_id if fields["bos"] else None
+        return Packer(
+            context_length=corpus.context_length,
+            packing=corpus.packing,
+            long_documents=corpus.long_documents,
+            bos_id=bos_id,
+        )
+
+    def _encoded(self, source: Source, bad: list[BadRecord], counts: Counter[str]) -> Iterator[tuple[str, list[int]]]:
+        """Documents as token ids, tokenised in batches; bad records and documents are booked on the way."""
+        batch: list[Document] = []
+        size = 0
+        for record in read(source, read_settings(self._settings.corpus)):
+            if isinstance(record, BadRecord):
+                bad.append(record)
+                continue
+            batch.append(record)
+            size += len(record.text)
+            if size >= _BATCH_CHARS:
+                yield from self._tokenised(batch, counts)
+                batch, size = [], 0
+        yield from self._tokenised(batch, counts)
+
+    def _tokenised(self, batch: list[Document], counts: Counter[str]) -> Iterator[tuple[str, list[int]]]:
+        if batch:
+            for document, ids in zip(batch, self._tokenizer.encode([d.text for d in batch]), strict=True):
+                counts["documents"] += 1
+                yield document.document_id, ids
+
+    def _shards(self, contexts: Iterator[Context]) -> Iterator[list[Context]]:
+        budget = int(str(self._settings.fields["shard_tokens"]))
+        size = max(1, budget // self._settings.corpus.context_length)
+        shard: list[Context] = []
+        for context in contexts:
+            shard.append(context)
+            if len(shard) == size:
+                yield shard
+                shard = []
+        if shard:
+            yield shard
+
+    def _write_shard(self, slice_name: str, contexts: list[Context]) -> ShardRecord:
+        columns = {
+            "input_ids": [c.input_ids for c in contexts],
+            "document_id": [c.document_ids for c in contexts],
+            "document_start": [c.document_starts for c in contexts],
+            "slice": [slice_name] * len(contexts),
+        }
+        shard_id = hashlib.sha256(json.dumps(columns).encode()).hexdigest()[:32]
+        key = layout.shard(self._settings.preparation_id, shard_id)
+        if not self._blobs.exists(key):
+            self._blobs.put(key, tables.to_bytes(tables.table(tables.SHARD, columns)))
+        return ShardRecord(
+            shard_id=shard_id,
+            slice=slice_name,
+            num_contexts=len(contexts),
+            num_tokens=sum(len(c.input_ids) for c in contexts),
+            num_documents=len({d for c in contexts for d in c.document_ids}),
+        )
+
+
+def find_source(blobs: LocalBlobs, preparation_id: str, source_id: str, max_tokens: int | None) -> SourceRecord | None:
+    """The record of an earlier preparation whose shards are all there, complete or cut at the same length."""
+    for name in (source_id, f"{source_id}-{max_tokens}"):
+        key = layout.source(preparation_id, name)
+        if blobs.exists(key):
+            record = SourceRecord.model_validate_json(blobs.get(key))
+            if all(blobs.exists(layout.shard(preparation_id, s.shard_id)) for s in record.shards):
+                return record
+    return None
+
+
+def choose_shards(records: list[SourceRecord], max_tokens: int | None) -> list[ShardRecord]:
+    """The shards of a corpus, sorted by id: all, or of each slice the first that reach `max_tokens`."""
+    chosen: dict[str, ShardRecord] = {}
+    taken: Counter[str] = Counter()
+    for record in records:
+        for shard in record.shards:
+            if max_tokens is None or taken[shard.slice] < max_tokens:
+                chosen[shard.shard_id] = shard
+                taken[shard.slice] += shard.num_tokens
+    return sorted(chosen.values(), key=lambda shard: shard.shard_id)

@@ -1,0 +1,179 @@
+"""Publish a snapshot of a catalog: all files first, its manifest last, under a number that nobody else has.
+
+The digest of a snapshot covers what readers compute with (tables and arrays), so equal catalogs have equal
+digests whoever made them; a run that changes nothing publishes nothing.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.compute import fixed, scores, stats
+from pipeline.io import store, tables
+from pipeline.io.blobs import LocalBlobs
+from pipeline.records import Receipt, canonical
+from pipeline.steps import layout
+from pipeline.steps.ranges import RangeResult
+from pipeline.steps.shard import site_group
+from pipeline.types import SiteKey
+
+_DIMENSIONS = {
+    "count": ("feature",),
+    "context_count": ("feature",),
+    "maximum": ("feature",),
+    "total": ("feature", "limb"),
+    "total_square": ("feature", "limb"),
+    "histogram": ("feature", "bin"),
+    "histogram_edges": ("edge",),
+    "spans_collapsed": ("feature", "group"),
+    "l0_histogram": ("codes_of_a_token",),
+}
+
+
+class Draft:
+    """A snapshot in the making: ranges are added in order, then it is published or thrown away."""
+
+    def __init__(self, blobs: LocalBlobs, sites: Sequence[SiteKey], decoder_norms: Mapping[SiteKey, np.ndarray]):
+        self._blobs, self._sites, self._norms = blobs, sites, decoder_norms
+        self._folder = blobs.scratch()
+        self._results: list[RangeResult] = []
+
+    def __enter__(self) -> "Draft":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def write(self, results: Iterator[RangeResult], score: scores.Score, receipts: Sequence[Receipt]) -> None:
+        """Write every file of the snapshot.
+
+        Args:
+            results: of all ranges, in the order of sites and features.
+            score: ranks the features.
+            receipts: of the shards in the snapshot.
+        """
+        slices: list[tables.Table] = []
+
+        def spans() -> Iterator[tables.Table]:
+            for result in results:
+                slices.append(tables.from_ipc(result.slices))
+                self._results.append(result)
+                yield tables.from_ipc(result.spans)
+
+        tables.write(self._folder / "spans.parquet", tables.SPANS, spans())
+        tables.write(self._folder / "slices.parquet", tables.SLICES, slices)
+        tables.write(self._folder / "features.parquet", tables.FEATURES, self._features(score))
+        self._write_arrays(receipts)
+
+    def _features(self, score: scores.Score) -> Iterator[tables.Table]:
+        for index, site in enumerate(self._sites):
+            columns = self._joined(index, lambda result: result.features)
+            scored = scores.score(columns, score)
+            num_features = len(scored)
+            yield tables.table(
+                tables.FEATURES,
+                columns
+                | {
+                    "hook_point": [str(site.hook_point)] * num_features,
+                    "sae": [site.sae] * num_features,
+                    "feature_id": np.arange(num_features),
+                    "layer": np.full(num_features, site.hook_point.layer),
+                    "stream": [site.hook_point.stream] * num_features,
+                    "rank": scores.ranks(scored),
+                    "score": scored,
+                    "proto_label": [None] * num_features,
+                    "label": [None] * num_features,
+                    "decoder_norm": self._norms[site].astype(np.float64),
+                },
+            )
+
+    def _joined(self, site: int, part: Any) -> dict[str, np.ndarray]:
+        """The arrays of all ranges of a site, end to end."""
+        mine = [part(result) for result in self._results if result.task.site == site]
+        return {name: np.concatenate([arrays[name] for arrays in mine]) for name in mine[0]}
+
+    def _write_arrays(self, receipts: Sequence[Receipt]) -> None:
+        groups = {}
+        for index, site in enumerate(self._sites):
+            arrays = self._joined(index, lambda result: result.arrays)
+            arrays["histogram_edges"] = stats.bin_edges()
+            arrays["l0_histogram"] = merged_fit(self._blobs, index, receipts)[0]
+            groups[f"{site.hook_point}/{site.sae}"] = arrays
+        scales = {"sum_scale_bits": fixed.SUM_SCALE, "square_scale_bits": fixed.SQUARE_SCALE, "low_limb_bits": 62}
+        store.write_tree(self._folder / "statistics.zarr", groups, scales, _DIMENSIONS)
+
+    def publish(self, name: str, facts: Mapping[str, Any], volatile: Mapping[str, Any]) -> tuple[int, str, bool]:
+        """Give the snapshot a number, unless the newest one is the same.
+
+        Args:
+            name: of the catalog.
+            facts: of the manifest, which belong to the content.
+            volatile: of the manifest, which do not (times, workers).
+
+        Returns:
+            The number, the digest, and whether it is new.
+        """
+        files = {}
+        for path in sorted(p for p in self._folder.rglob("*") if p.is_file()):
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            files[path.relative_to(self._folder).as_posix()] = {"sha256": sha256, "num_bytes": path.stat().st_size}
+        content = {"files": files, **facts}
+        digest = hashlib.sha256(canonical(content)).hexdigest()
+        newest = snapshots(self._blobs, name)[-1:]
+        if (
+            newest
+            and json.loads(self._blobs.get(layout.snapshot(name, newest[0], "manifest.json")))["digest"] == digest
+        ):
+            return newest[0], digest, False
+        number = self._reserve(name)
+        for written in files:
+            self._blobs.adopt(layout.snapshot(name, number, written), self._folder / written)
+        manifest = {"catalog": name, "snapshot": number, "digest": digest, **content, **volatile}
+        self._blobs.put(layout.snapshot(name, number, "manifest.json"), canonical(manifest))
+        self._blobs.put(layout.latest(name), canonical({"snapshot": number, "digest": digest}))
+        return number, digest, True
+
+    def _reserve(self, name: str) -> int:
+        """A number that no other run can get: numbers of runs that died are not used again."""
+        number = max(snapshots(self._blobs, name), default=0)
+        owner = {"owner": uuid.uuid4().hex, "at": time.time()}
+        while True:
+            number += 1
+            if self._blobs.put_if_absent(layout.snapshot(name, number, "reserved.json"), canonical(owner)):
+                return number
+
+
+def snapshots(blobs: LocalBlobs, name: str) -> list[int]:
+    """The numbers of the published snapshots of a catalog, ascending."""
+    folder = blobs.path(layout.catalog(name))
+    return sorted(int(p.parent.name) for p in folder.glob("[0-9]*/manifest.json"))
+
+
+def merged_fit(blobs: LocalBlobs, site: int, receipts: Sequence[Receipt]) -> tuple[np.ndarray, float]:
+    """The histogram of codes a token over all shards, and the fraction of variance unexplained of the fit sample."""
+    names = ("l0_histogram", "fit_tokens", "fit_error", "fit_square", "fit_vector")
+    totals: dict[str, np.ndarray] = {}
+    for receipt in receipts:
+        with store.Pack(blobs.path(receipt.parts[0].key)) as pack:
+            for name in names:
+                part = pack.read(f"{site_group(site)}/{name}")
+                whole = totals.get(name)
+                joined = fixed.add if name.startswith("fit_") and name != "fit_tokens" else np.add
+                totals[name] = part if whole is None else joined(whole, part)
+    error, square, vector = (fixed.to_float(totals[f"fit_{n}"], fixed.SUM_SCALE) for n in ("error", "square", "vector"))
+    num_tokens = max(int(totals["fit_tokens"][0]), 1)
+    variance = square[0] - float(np.square(vector).sum()) / num_tokens
+    return totals["l0_histogram"], float(error[0] / variance) if variance > 0 else float("nan")
+
+
+def folder_of(blobs: LocalBlobs, name: str, number: int) -> Path:
+    """Where a snapshot lies."""
+    return blobs.path(layout.snapshot(name, number, "manifest.json")).parent

@@ -1,0 +1,359 @@
+"""Reduce a range of features: read that slice of every partial, merge in shard order, check the books.
+
+The unit of the reduce. Its memory depends on the range and the samples kept, not on the number of shards.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+
+from pipeline.compute import stats as statistics
+from pipeline.compute.samples import Entries, Kept, Samples, exponent_of, firing_keys, joined, silent_keys
+from pipeline.compute.stats import FeatureStats
+from pipeline.config import ModelConfig, SamplingConfig
+from pipeline.errors import CorruptError
+from pipeline.io import tables
+from pipeline.io.blobs import LocalBlobs
+from pipeline.io.model import Tokenizer
+from pipeline.io.store import FEATURE_CHUNK, Pack
+from pipeline.records import Receipt
+from pipeline.steps import layout
+from pipeline.steps.shard import sample_sizes, shard_key, site_group
+from pipeline.steps.spans import Ragged, SpanAddresses, attach, take_ranges
+from pipeline.types import SiteKey
+
+LOW_OCTAVES = 2
+"""`low_activating` draws from codes at least this many octaves below the maximum's."""
+QUANTILES = (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RangeTask:
+    """A half-open range of features of one site."""
+
+    site: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RangeResult:
+    """What the catalog says about a range, but for ranks, which need all features."""
+
+    task: RangeTask
+    features: dict[str, np.ndarray]
+    """Columns of `features.parquet` that the reduce knows."""
+    slices: bytes
+    """Rows of `slices.parquet`."""
+    spans: bytes
+    """Rows of `spans.parquet`."""
+    arrays: dict[str, np.ndarray]
+    """For `statistics.zarr`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReduceSettings:
+    """What a worker needs to reduce any range."""
+
+    root: str
+    preparation_id: str
+    model: ModelConfig
+    sampling: SamplingConfig
+    sites: tuple[SiteKey, ...]
+    receipts: tuple[Receipt, ...]
+    """Sorted by shard id: their order is the meaning of shard ordinals."""
+
+
+def group_names(sampling: SamplingConfig) -> list[str]:
+    """The span groups of a catalog, in the order they are listed."""
+    return ["top", "random", *(f"band_{i}" for i in range(sampling.bands)), "low_activating", "non_activating"]
+
+
+def tasks(num_features: Sequence[int]) -> list[RangeTask]:
+    """All ranges of all sites, aligned to the chunks of the stored arrays."""
+    return [
+        RangeTask(site=site, start=start, stop=min(start + FEATURE_CHUNK, total))
+        for site, total in enumerate(num_features)
+        for start in range(0, total, FEATURE_CHUNK)
+    ]
+
+
+class Reducer:
+    """Reduces ranges one by one."""
+
+    def __init__(self, settings: ReduceSettings):
+        self._settings = settings
+        self._blobs = LocalBlobs(settings.root)
+        model = settings.model
+        self._tokenizer = Tokenizer(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+        self._shard_ids = [receipt.shard.shard_id for receipt in settings.receipts]
+
+    def run(self, task: RangeTask) -> RangeResult:
+        """Reduce one range.
+
+        Raises:
+            CorruptError: if the books of the merged statistics do not balance.
+        """
+        site = self._settings.sites[task.site]
+        point = str(site.hook_point)
+        receipts = self._settings.receipts
+        by_slice: dict[str, FeatureStats] = {}
+        counted: dict[str, int] = {}
+        samples = Samples.zero(task.stop - task.start, sample_sizes(self._settings.sampling))
+        for ordinal, receipt in enumerate(receipts):
+            with Pack(self._blobs.path(receipt.parts[0].key)) as pack:
+                part = _read_stats(pack, task)
+                _put_samples(pack, task, samples, ordinal, receipt.shard.shard_id, self._settings.sampling.seed)
+            name = receipt.shard.slice
+            by_slice[name] = by_slice[name].merge(part) if name in by_slice else part
+            counted[name] = counted.get(name, 0) + receipt.tokens[point]["counted"]
+        whole = FeatureStats.zero(task.stop - task.start)
+        for name in sorted(by_slice):
+            whole = whole.merge(by_slice[name])
+        num_tokens = sum(counted.values())
+        num_contexts = sum(receipt.contexts[point] for receipt in receipts)
+        self._check(task, whole, samples, num_tokens)
+        spans, collapsed = self._spans(task, site, samples)
+        return RangeResult(
+            task=task,
+            features=_feature_columns(whole, num_tokens, num_contexts),
+            slices=_slice_rows(site, task.start, by_slice, counted),
+            spans=spans,
+            arrays=whole.arrays() | {"spans_collapsed": collapsed},
+        )
+
+    def _check(self, task: RangeTask, whole: FeatureStats, samples: Samples, num_tokens: int) -> None:
+        try:
+            whole.check_books(num_tokens)
+            if self._settings.sampling.top and not np.array_equal(samples.top.value[:, 0], whole.maximum):
+                raise ValueError("maximum != strongest sample")
+        except ValueError as error:
+            site = self._settings.sites[task.site]
+            raise CorruptError(f"{error} (features from {task.start} of {site})") from error
+
+    def _spans(self, task: RangeTask, site: SiteKey, samples: Samples) -> tuple[bytes, Int64[np.ndarray, "F G"]]:
+        """Span rows of the range, and how many near duplicates each group of each feature lost."""
+        names = group_names(self._settings.sampling)
+        addresses = self._addresses(task, samples)
+        codes, positions = self._codes(task, addresses)
+        shown = replace(addresses, feature=addresses.feature + task.start)
+        table, dropped = attach(
+            shown,
+            codes,
+            positions,
+            blobs=self._blobs,
+            preparation_id=self._settings.preparation_id,
+            shard_ids=self._shard_ids,
+            tokenizer=self._tokenizer,
+            before=self._settings.sampling.before,
+            after=self._settings.sampling.after,
+            group_names=names,
+            hook_point=str(site.hook_point),
+            sae=site.sae,
+        )
+        collapsed = np.zeros((task.stop - task.start, len(names)), np.int64)
+        np.add.at(collapsed, (addresses.feature[dropped], addresses.group[dropped]), 1)
+        return tables.ipc_bytes(table), collapsed
+
+    def _addresses(self, task: RangeTask, samples: Samples) -> SpanAddresses:
+        """All spans of the range by feature (from 0), group and rank."""
+        sampling = self._settings.sampling
+        slots = sampling.bands + 1
+        bands = samples.bands.entries()
+        band, feature = bands.group % slots, bands.group // slots
+        low = bands.where(samples.octave[feature] - exponent_of(bands.value) >= LOW_OCTAVES)
+        groups = [samples.top.entries(), samples.random.entries()]
+        groups += [_of_feature(bands.where(band == i), slots) for i in range(sampling.bands)]
+        groups += [
+            _first(_of_feature(low, slots), sampling.low_activating),
+            _first(self._silent(task, samples), sampling.non_activating),
+        ]
+        every = joined(groups)
+        group = np.repeat(np.arange(len(groups)), [len(g.key) for g in groups])
+        order = np.lexsort((every.position, every.row, every.shard, every.key, group, every.group))
+        every, group = every.where(order), group[order]
+        changes = np.flatnonzero(np.diff(every.group * len(groups) + group, prepend=-1))
+        rank = np.arange(len(group)) - np.repeat(changes, np.diff(np.append(changes, len(group))))
+        return SpanAddresses(
+            feature=every.group,
+            group=group,
+            rank=rank,
+            shard=every.shard,
+            row=every.row,
+            position=every.position,
+            value=every.value,
+        )
+
+    def _silent(self, task: RangeTask, samples: Samples) -> Entries:
+        """For every feature of the range, the kept contexts in which it never fires, in an order of its own."""
+        kept = samples.silent.entries()
+        num_features, num_contexts = task.stop - task.start, len(kept.key)
+        fires: Bool[np.ndarray, "F C"] = np.zeros((num_features, num_contexts), bool)
+        lengths = np.zeros(num_contexts, np.int64)
+        for ordinal in np.unique(kept.shard):
+            receipt = self._settings.receipts[ordinal]
+            mine = np.flatnonzero(kept.shard == ordinal)
+            with Pack(self._blobs.path(receipt.parts[0].key)) as pack:
+                rows, start, features = (
+                    pack.read(f"{site_group(task.site)}/silent_{name}") for name in ("row", "start", "feature")
+                )
+            order = np.argsort(rows)
+            place = order[np.searchsorted(rows, kept.row[mine], sorter=order)]
+            flat, bounds = take_ranges(start[:-1][place], start[1:][place])
+            feature = features[flat].astype(np.int64) - task.start
+            context = np.repeat(mine, np.diff(bounds))
+            inside = (feature >= 0) & (feature < num_features)
+            fires[feature[inside], context[inside]] = True
+            lengths[mine] = self._context_lengths(int(ordinal))[kept.row[mine]]
+        feature, context = np.nonzero(~fires)
+        keys = np.zeros(len(feature), np.int64)
+        for ordinal in np.unique(kept.shard):
+            mine = kept.shard[context] == ordinal
+            key = shard_key(self._shard_ids[ordinal])
+            nowhere = np.zeros(int(mine.sum()), np.int32)
+            keys[mine] = firing_keys(
+                self._settings.sampling.seed, key, feature[mine] + task.start, kept.row[context[mine]], nowhere
+            )
+        return Entries(
+            group=feature,
+            key=keys,
+            shard=kept.shard[context],
+            row=kept.row[context],
+            position=(keys % lengths[context]).astype(np.int32),
+            value=np.zeros(len(feature), np.float32),
+        )
+
+    def _context_lengths(self, ordinal: int) -> Int64[np.ndarray, " C"]:
+        path = self._blobs.path(layout.shard(self._settings.preparation_id, self._shard_ids[ordinal]))
+        start, _ = tables.ragged(tables.read(path, ["input_ids"]), "input_ids")
+        return np.diff(start)
+
+    def _codes(self, task: RangeTask, addresses: SpanAddresses) -> tuple[Ragged, np.ndarray]:
+        """The codes of each address's context, from the partial that kept them; none for silent contexts."""
+        num = len(addresses.row)
+        begin, end = np.zeros(num, np.int64), np.zeros(num, np.int64)
+        values, positions, offset = [np.zeros(0, np.float32)], [np.zeros(0, np.int32)], 0
+        fired = addresses.value > 0
+        for ordinal in np.unique(addresses.shard[fired]):
+            mine = np.flatnonzero(fired & (addresses.shard == ordinal))
+            with Pack(self._blobs.path(self._settings.receipts[ordinal].parts[0].key)) as pack:
+                group = site_group(task.site)
+                pair_start = pack.read(f"{group}/pair_start", task.start, task.stop + 1)
+                first, last = int(pair_start[0]), int(pair_start[-1])
+                rows = pack.read(f"{group}/pair_row", first, last)
+                code_start = pack.read(f"{group}/code_start", first, last + 1)
+                low, high = int(code_start[0]), int(code_start[-1])
+                values.append(pack.read(f"{group}/code_value", low, high))
+                positions.append(pack.read(f"{group}/code_position", low, high))
+            feature = np.repeat(np.arange(task.stop - task.start), np.diff(pair_start))
+            keys = (feature << 32) | rows
+            wanted = (addresses.feature[mine] << 32) | addresses.row[mine]
+            place = np.searchsorted(keys, wanted)
+            if not np.array_equal(keys[np.minimum(place, len(keys) - 1)], wanted):
+                raise CorruptError(f"the partial of shard {self._shard_ids[ordinal]} lacks codes of a kept sample")
+            begin[mine] = code_start[place] - low + offset
+            end[mine] = code_start[place + 1] - low + offset
+            offset += high - low
+        flat, start = take_ranges(begin, end)
+        return Ragged(start=start, values=np.concatenate(values)[flat]), np.concatenate(positions)[flat]
+
+
+def _read_stats(pack: Pack, task: RangeTask) -> FeatureStats:
+    group = site_group(task.site)
+    return FeatureStats(
+        **{name: pack.read(f"{group}/{name}", task.start, task.stop) for name in FeatureStats.__dataclass_fields__}
+    )
+
+
+def _put_samples(pack: Pack, task: RangeTask, samples: Samples, ordinal: int, shard_id: str, seed: int) -> None:
+    """Merge the samples of one partial into `samples`; keys are hashes of the address and are made again."""
+    group, salt = site_group(task.site), shard_key(shard_id)
+    for name in ("top", "random", "bands"):
+        row, position, value = (
+            pack.read(f"{group}/{name}_{column}", task.start, task.stop) for column in ("row", "position", "value")
+        )
+        feature, slot = np.nonzero(row >= 0)
+        place = (feature, slot)
+        if name == "top":
+            key = -value[place].view(np.int32).astype(np.int64)
+        else:
+            key = firing_keys(seed, salt, feature + task.start, row[place], position[place])
+        entries = Entries(
+            group=feature,
+            key=key,
+            shard=np.full(len(feature), ordinal, np.int32),
+            row=row[place],
+            position=position[place],
+            value=value[place],
+        )
+        if name == "bands":
+            samples.put_bands(entries)
+        else:
+            getattr(samples, name).put(entries)
+    rows = pack.read(f"{group}/silent_row")
+    nowhere = np.zeros(len(rows), np.int32)
+    samples.silent.put(
+        Entries(
+            group=nowhere.astype(np.int64),
+            key=silent_keys(seed, salt, rows),
+            shard=np.full(len(rows), ordinal, np.int32),
+            row=rows,
+            position=nowhere,
+            value=nowhere.astype(np.float32),
+        )
+    )
+
+
+def _of_feature(entries: Entries, slots: int) -> Entries:
+    return entries.regrouped(entries.group // slots)
+
+
+def _first(entries: Entries, k: int) -> Entries:
+    """The k entries of smallest key of every group."""
+    kept = Kept.zero(int(entries.group.max(initial=-1)) + 1, k)
+    kept.put(entries)
+    return kept.entries()
+
+
+def _feature_columns(whole: FeatureStats, num_tokens: int, num_contexts: int) -> dict[str, np.ndarray]:
+    num_features = len(whole.count)
+    columns: dict[str, np.ndarray] = {
+        "count": whole.count,
+        "tokens_counted": np.full(num_features, num_tokens, np.int64),
+        "frequency": whole.count / max(num_tokens, 1),
+        "context_count": whole.context_count,
+        "context_frequency": whole.context_count / max(num_contexts, 1),
+        "mean": statistics.mean(whole, num_tokens),
+        "mean_when_firing": statistics.mean(whole, whole.count),
+        "std": statistics.deviation(whole, num_tokens),
+        "max": whole.maximum.astype(np.float64),
+        "dead": whole.count == 0,
+    }
+    return columns | {name: statistics.quantile(whole, q) for name, q in QUANTILES}
+
+
+def _slice_rows(site: SiteKey, start: int, by_slice: Mapping[str, FeatureStats], counted: Mapping[str, int]) -> bytes:
+    """Rows by feature, then slice name."""
+    names = sorted(by_slice)
+    num_features = len(next(iter(by_slice.values())).count)
+
+    def column(of: Mapping[str, np.ndarray | Float64[np.ndarray, " F"]]) -> np.ndarray:
+        return np.stack([of[name] for name in names], axis=1).reshape(-1)
+
+    tokens = np.tile([counted[name] for name in names], num_features)
+    count = column({name: s.count for name, s in by_slice.items()})
+    rows = {
+        "hook_point": [str(site.hook_point)] * len(count),
+        "sae": [site.sae] * len(count),
+        "feature_id": np.repeat(np.arange(start, start + num_features), len(names)),
+        "slice": names * num_features,
+        "count": count,
+        "tokens_counted": tokens,
+        "frequency": count / np.maximum(tokens, 1),
+        "sum": column({name: statistics.mean(s, 1) for name, s in by_slice.items()}),
+        "mean_when_firing": column({name: statistics.mean(s, s.count) for name, s in by_slice.items()}),
+        "max": column({name: s.maximum.astype(np.float64) for name, s in by_slice.items()}),
+    }
+    return tables.ipc_bytes(tables.table(tables.SLICES, rows))

@@ -1,0 +1,252 @@
+"""Analyse one shard: one forward pass per batch feeds every SAE; a partial is written, then its receipt.
+
+Batches are cut inside the shard, in order, at a fixed size; the last is padded to full shape and masked. So
+a shard gives the same bytes whoever analyses it, and whenever.
+"""
+
+import hashlib
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Int8
+from torch import Tensor
+
+from pipeline.compute import masks
+from pipeline.compute.census import FIT_EVERY, SiteCensus
+from pipeline.compute.codes import Codes
+from pipeline.compute.samples import SampleSizes
+from pipeline.config import AnalyzeConfig, SamplingConfig
+from pipeline.errors import ConfigError, ShardError
+from pipeline.io import device, store, tables
+from pipeline.io.blobs import LocalBlobs
+from pipeline.io.checkpoints import LoadedSae, load_sae
+from pipeline.io.model import LanguageModel, Tokenizer, choose_device, choose_dtype
+from pipeline.records import Part, Receipt, ShardRecord
+from pipeline.steps import layout
+from pipeline.types import HookPoint, SiteKey
+
+
+def site_group(index: int) -> str:
+    """The name of a site's group in a partial; sites are numbered in the order of their keys."""
+    return f"site_{index:03d}"
+
+
+def shard_key(shard_id: str) -> int:
+    """The 64 bits of a shard's id that enter keyed hashes."""
+    return int(shard_id[:16], 16)
+
+
+def sample_sizes(sampling: SamplingConfig) -> SampleSizes:
+    """The sizes that a partial keeps."""
+    return SampleSizes(
+        top=sampling.top,
+        random=sampling.random,
+        bands=sampling.bands,
+        per_band=sampling.per_band,
+        silent=sampling.silent,
+    )
+
+
+def load_saes(config: AnalyzeConfig) -> dict[SiteKey, LoadedSae]:
+    """The SAEs of a config by site, sorted by site.
+
+    Raises:
+        ConfigError: if two have the same name at the same hook point.
+    """
+    found: dict[SiteKey, LoadedSae] = {}
+    for chosen in config.saes:
+        loaded = load_sae(
+            chosen.path,
+            hook_point=chosen.hook_point,
+            format_name=chosen.format,
+            name=chosen.name,
+            revision=chosen.revision,
+        )
+        key = SiteKey(loaded.hook_point, loaded.name)
+        if key in found:
+            raise ConfigError(f"two SAEs are called {key.sae} at {key.hook_point}; give one another saes[].name")
+        found[key] = loaded
+    return dict(sorted(found.items(), key=lambda item: (item[0].hook_point, item[0].sae)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Contexts of one forward pass, padded to full shape."""
+
+    first_row: int
+    input_ids: Int[np.ndarray, "B T"]
+    num_tokens: Int[np.ndarray, " B"]
+    """Real tokens of each context; 0 for rows that only fill the batch."""
+
+
+class Analyzer:
+    """Holds the model and the SAEs and turns shards into partials."""
+
+    def __init__(self, config: AnalyzeConfig, preparation_id: str, measure_id: str, numerics: dict[str, str | int]):
+        self._config, self._preparation_id, self._measure_id = config, preparation_id, measure_id
+        self._blobs = LocalBlobs(config.store.root)
+        chosen = choose_device(config.model.device)
+        mine = device.configure(config.cluster.threads_per_worker, chosen)
+        if mine != numerics:
+            raise ConfigError(f"this worker computes with {mine}, but the run was planned with {numerics}")
+        model = config.model
+        self._tokenizer = Tokenizer(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+        self._model = LanguageModel(
+            model.id,
+            model.revision,
+            dtype=choose_dtype(model.dtype, chosen),
+            device=chosen,
+            trust_remote_code=model.trust_remote_code,
+        )
+        self.saes = {key: loaded.sae.to(chosen) for key, loaded in load_saes(config).items()}
+        self.points = sorted({key.hook_point for key in self.saes})
+        self._check_widths()
+        self._model.drop_above(max(point.layer for point in self.points))
+
+    def _check_widths(self) -> None:
+        widths = self._model.widths(self.points)
+        for key, sae in self.saes.items():
+            if sae.width != widths[key.hook_point]:
+                raise ConfigError(
+                    f"SAE {key.sae} is {sae.width} wide, but {key.hook_point} of {self._config.model.id} is "
+                    f"{widths[key.hook_point]} wide; is this the SAE of another model or hook point?"
+                )
+
+    def batches(self, contexts: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        """The fixed batch grid: contexts in order, the last batch padded to full shape."""
+        num_rows, shape = self._config.batch.contexts, self._config.corpus.context_length
+        for first in range(0, len(contexts), num_rows):
+            rows = contexts[first : first + num_rows]
+            input_ids = np.full((num_rows, shape), self._tokenizer.pad_id, np.int64)
+            for row, ids in enumerate(rows):
+                input_ids[row, : len(ids)] = ids
+            lengths = np.array([*map(len, rows), *[0] * (num_rows - len(rows))], np.int64)
+            yield Batch(first_row=first, input_ids=input_ids, num_tokens=lengths)
+
+    def contexts(self, shard_id: str) -> list[list[int]]:
+        """The token ids of a shard's contexts."""
+        path = self._blobs.path(layout.shard(self._preparation_id, shard_id))
+        rows: list[list[int]] = tables.read(path, ["input_ids"]).column(0).to_pylist()
+        return rows
+
+    def activations(self, batch: Batch) -> tuple[dict[HookPoint, Tensor], dict[HookPoint, Int8[np.ndarray, "B T"]]]:
+        """Finite activations (B, T, D) and the mask books of every hook point.
+
+        Raises:
+            ShardError: if an activation is NaN or infinite, with its address.
+        """
+        chosen = self._config.masks
+        rules = masks.token_rules(
+            batch.input_ids,
+            batch.num_tokens,
+            special_ids=self._tokenizer.special_ids if chosen.special_tokens else (),
+            first_positions=chosen.first_positions,
+            positions=chosen.positions,
+        )
+        with self._model.captures(self.points) as captures:
+            got = self._model.run(captures, torch.from_numpy(batch.input_ids))
+        books = {}
+        for point, x in got.items():
+            self._check_finite(point, x, batch)
+            books[point] = rules
+            if chosen.max_norm_ratio is not None:
+                outliers = masks.norm_outliers(x, batch.num_tokens, chosen.max_norm_ratio)
+                books[point] = masks.with_rule(rules, outliers, "max_norm_ratio")
+        return got, books
+
+    def _check_finite(self, point: HookPoint, x: Tensor, batch: Batch) -> None:
+        if torch.isfinite(x).all():
+            return
+        real = torch.arange(x.shape[1])[None] < torch.from_numpy(batch.num_tokens)[:, None]
+        broken = (~torch.isfinite(x).all(dim=2).cpu() & real).nonzero()
+        if len(broken):
+            row, position = broken[0].tolist()
+            raise ShardError(
+                f"activations at {point} are NaN or infinite at context {batch.first_row + row}, position "
+                f"{position}; try model.dtype=float32 or bfloat16"
+            )
+        x[~torch.isfinite(x)] = 0  # only what fills the batch; it is masked
+
+    def run(self, shard: ShardRecord) -> Receipt:
+        """Analyse a shard and commit it.
+
+        Raises:
+            ShardError: if it would fail again the same way.
+        """
+        began = time.monotonic()
+        arrays, tokens, contexts = self.measure(shard)
+        attributes = {"shard_id": shard.shard_id, "measure_id": self._measure_id, "sites": [str(k) for k in self.saes]}
+        body = store.pack(arrays, attributes)
+        sha256 = hashlib.sha256(body).hexdigest()
+        part = Part(key=layout.partial(self._measure_id, sha256), sha256=sha256, num_bytes=len(body))
+        self._blobs.put(part.key, body)
+        seconds = time.monotonic() - began
+        ran = {"host": socket.gethostname(), "at": time.time(), "seconds": round(seconds, 3)}
+        receipt = Receipt(
+            shard=shard,
+            measure_id=self._measure_id,
+            parts=(part,),
+            tokens=tokens,
+            contexts=contexts,
+            ran=ran,
+        )
+        self._blobs.put(layout.receipt(self._measure_id, shard.shard_id), receipt.to_bytes())
+        return receipt
+
+    def measure(
+        self, shard: ShardRecord
+    ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, int]], dict[str, int]]:
+        """The arrays of a shard's partial by site, and by hook point its token books and counted contexts."""
+        config = self._config
+        censuses = {
+            key: SiteCensus(
+                sae.num_features,
+                sae.width,
+                sample_sizes(config.sampling),
+                seed=config.sampling.seed,
+                shard_key=shard_key(shard.shard_id),
+                num_positions=config.corpus.context_length,
+                keep_codes=config.codes == "keep",
+            )
+            for key, sae in self.saes.items()
+        }
+        tokens: dict[HookPoint, Counter[str]] = {point: Counter() for point in self.points}
+        contexts: Counter[HookPoint] = Counter()
+        for batch in self.batches(self.contexts(shard.shard_id)):
+            got, books = self.activations(batch)
+            real = batch.num_tokens > 0
+            for point in self.points:
+                tokens[point].update(masks.tally(books[point][real]))
+                contexts[point] += int((books[point] == masks.COUNTED).any(axis=1).sum())
+            for key, census in censuses.items():
+                counted = books[key.hook_point] == masks.COUNTED
+                x = got[key.hook_point]
+                with torch.inference_mode():
+                    codes = self.saes[key].encode(x, batch.first_row)
+                    self._add_fit(key, census, x, codes, counted, batch.first_row)
+                census.add(codes, counted, batch.first_row)
+        arrays = {site_group(i): census.finish() for i, census in enumerate(censuses.values())}
+        by_name = {str(point): dict(books) for point, books in tokens.items()}
+        return arrays, by_name, {str(point): contexts[point] for point in self.points}
+
+    def _add_fit(
+        self,
+        key: SiteKey,
+        census: SiteCensus,
+        x: Float[Tensor, "B T D"],
+        codes: Codes,
+        counted: np.ndarray,
+        first_row: int,
+    ) -> None:
+        """Reconstruct the contexts of the fit sample, one by one, so that shapes never change."""
+        for row in range(-first_row % FIT_EVERY, len(x), FIT_EVERY):
+            mine = codes.where(codes.row == first_row + row)
+            one = x[row : row + 1]
+            error = one.float() - self.saes[key].reconstruct(one, mine, first_row + row)
+            keep = counted[row]
+            census.add_fit(one[0].float().cpu().numpy()[keep], error[0].cpu().numpy()[keep])
