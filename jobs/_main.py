@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -40,9 +40,14 @@ def main(name: str, model: type[Config], job: Callable[[Config], int]) -> None:
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def run(composed: DictConfig) -> None:
-        codes.append(job(validate(model, composed)))
+        # Guarded inside, too: Hydra would add lines of its own to an error that passes through it.
+        codes.append(_guarded(lambda: job(validate(model, composed)), model))
 
-    sys.exit(_guarded(lambda: (run(), max(codes, default=DONE))[1], model))
+    def all_runs() -> int:
+        run()
+        return max(codes, default=DONE)
+
+    sys.exit(_guarded(all_runs, model))
 
 
 def validate(model: type[Config], composed: DictConfig) -> Config:
@@ -62,7 +67,7 @@ def _guarded(run: Callable[[], int], model: type[BaseModel]) -> int:
     try:
         return run()
     except UserError as error:
-        return _say(str(error), USER)
+        return _say(" ".join(str(error).split()), USER)
     except (HydraException, OmegaConfBaseException) as error:
         return _say(_hydra_sentence(error, model), USER)
     except CensusError as error:
@@ -96,18 +101,22 @@ def _hydra_sentence(error: Exception, model: type[BaseModel]) -> str:
 def unknown_key(key: str, model: type[BaseModel]) -> str:
     """The sentence for a key that no config has, with the nearest that it has."""
     known = sorted(_keys(model))
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    hint = (leaf or near)[:1]
-    advice = f"did you mean {hint[0]}?" if hint else f"there are {', '.join(known)}"
+    plain = ".".join(part for part in key.split(".") if not part.isdigit())
+    leaf = [k for k in known if k.rsplit(".", 1)[-1] == plain.rsplit(".", 1)[-1]]
+    hint = [*leaf, *difflib.get_close_matches(plain, known, n=1, cutoff=0.5)][:1]
+    advice = f"did you mean {hint[0]}?" if hint else f"there are {', '.join(model.model_fields)}"
     return f"config key {key} is not known; {advice}"
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     found = []
     for name, field in model.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        inner = next((t for t in (field.annotation, *get_args(field.annotation)) if _is_model(t)), None)
+        if inner is not None:
             found += _keys(inner, f"{prefix}{name}.")
         else:
             found.append(prefix + name)

@@ -1,1 +1,31 @@
-"""SAE Census: corpus statistics of sparse-autoencoder features."""
+"""SAE Census: corpus statistics of sparse-autoencoder features.
+
+For notebooks: `analyze`, `AnalyzeConfig`, `Catalog`, `load_sae`, `HookPoint`. Names are imported when first
+used, so that `import pipeline` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.config import AnalyzeConfig
+    from pipeline.flows.analyze import analyze
+    from pipeline.flows.catalog import Catalog
+    from pipeline.io.checkpoints import load_sae
+    from pipeline.types import HookPoint
+
+__all__ = ["AnalyzeConfig", "Catalog", "HookPoint", "analyze", "load_sae"]
+
+_HOMES = {
+    "AnalyzeConfig": "pipeline.config",
+    "Catalog": "pipeline.flows.catalog",
+    "HookPoint": "pipeline.types",
+    "analyze": "pipeline.flows.analyze",
+    "load_sae": "pipeline.io.checkpoints",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

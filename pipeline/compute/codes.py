@@ -27,8 +27,8 @@ class Codes:
     def __len__(self) -> int:
         return len(self.value)
 
-    def where(self, keep: Bool[np.ndarray, " N"]) -> "Codes":
-        """The codes for which `keep` holds, in the same order."""
+    def where(self, keep: Bool[np.ndarray, " N"] | Int64[np.ndarray, " M"]) -> "Codes":
+        """The codes at `keep`, a mask or an ascending index."""
         return Codes(
             feature=self.feature[keep], row=self.row[keep], position=self.position[keep], value=self.value[keep]
         )

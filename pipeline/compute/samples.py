@@ -269,7 +269,7 @@ def _as_key(mixed: UInt64[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:
     return np.minimum((mixed >> np.uint64(1)).astype(np.int64), _EMPTY_KEY - 1)
 
 
-def _mix(x: UInt64[np.ndarray, " N"] | np.uint64) -> UInt64[np.ndarray, " N"]:
+def _mix(x: UInt64[np.ndarray, "..."] | np.uint64) -> UInt64[np.ndarray, "..."]:
     """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection that scatters every bit."""
     with np.errstate(over="ignore"):
         x = np.asarray(x, np.uint64) + np.uint64(0x9E3779B97F4A7C15)

@@ -126,8 +126,8 @@ def bin_of(value: Float32[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:
     return np.asarray(np.clip(bits - _FIRST, 0, NUM_BINS - 1))
 
 
-def bin_edges() -> Float64[np.ndarray, " H+1"]:
-    """Edges of the bins, ascending; bin i holds edges[i] <= code < edges[i + 1], the first and last are open."""
+def bin_edges() -> Float64[np.ndarray, " E"]:
+    """The H + 1 edges of the bins, ascending; bin i holds edges[i] <= code < edges[i + 1], the first and last are open."""
     step = np.arange(NUM_BINS + 1)
     return np.ldexp(1 + (step % BINS_PER_OCTAVE) / BINS_PER_OCTAVE, OCTAVES[0] + step // BINS_PER_OCTAVE)
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,12 @@ from pipeline.flows.catalog import Catalog
 from pipeline.io import device, embedded
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.checkpoints import LoadedSae
-from pipeline.io.corpus import find_sources
+from pipeline.io.corpus import Source, find_sources
 from pipeline.io.hooks import check_point
 from pipeline.io.model import ModelFacts, Tokenizer, choose_device, choose_dtype, model_facts
 from pipeline.records import Failure, Receipt, ShardRecord, SourceRecord, canonical, digest_of
 from pipeline.steps import layout, plan, preflight, publish, ranges
-from pipeline.steps.cluster import Outcome, run_tasks
+from pipeline.steps.cluster import Outcome, connected, run_tasks
 from pipeline.steps.preflight import FitProbe
 from pipeline.steps.prepare import Preparer, PrepareSettings, choose_shards, preparation_fields, read_settings
 from pipeline.steps.progress import Voice
@@ -35,7 +36,6 @@ from pipeline.types import SiteKey
 
 _CHARS_PER_TOKEN = 3.6
 """Of the embedded texts, about."""
-_PROBE_SHARDS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +115,22 @@ def identify(config: AnalyzeConfig) -> Identity:
     )
 
 
+def find_config_sources(config: AnalyzeConfig) -> list[Source]:
+    """The sources that a config names.
+
+    Raises:
+        SourceError: if one is not there.
+    """
+    source = config.corpus.source
+    num_embedded = str(source).count(embedded.PREFIX)
+    return find_sources(
+        source,
+        read_settings(config.corpus),
+        group_files=config.corpus.group_files,
+        embedded_chars=int(config.corpus.embedded_tokens * _CHARS_PER_TOKEN / max(num_embedded, 1)),
+    )
+
+
 def analyze(config: AnalyzeConfig, say: Callable[[str], None] | None = None) -> Analysis:
     """Run the job.
 
@@ -126,10 +142,11 @@ def analyze(config: AnalyzeConfig, say: Callable[[str], None] | None = None) -> 
         UserError: if the user must change something; nothing that was finished is lost.
     """
     run = _Run(config, say)
-    records = run.prepare()
-    shards = run.choose(records)
-    receipts, failures = run.map(shards)
-    return run.reduce(records, receipts, failures)
+    with connected(config.cluster):
+        records = run.prepare()
+        shards = choose_shards(records, config.corpus.max_tokens)
+        receipts, failures = run.map(shards)
+        return run.reduce(records, receipts, failures)
 
 
 class _Run:
@@ -158,14 +175,7 @@ class _Run:
     def prepare(self) -> list[SourceRecord]:
         """Every source as shards, in the order of sources."""
         config = self.config
-        source = config.corpus.source
-        num_embedded = str(source).count(embedded.PREFIX)
-        sources = find_sources(
-            dict(source) if isinstance(source, dict) else source,
-            read_settings(config.corpus),
-            group_files=config.corpus.group_files,
-            embedded_chars=int(config.corpus.embedded_tokens * _CHARS_PER_TOKEN / max(num_embedded, 1)),
-        )
+        sources = find_config_sources(config)
         settings = PrepareSettings(
             root=config.store.root, model=config.model, corpus=config.corpus, fields=self.identity.preparation
         )
@@ -199,10 +209,6 @@ class _Run:
         if dropped:
             self.voice.say(f"{dropped.total()} records are not used ({reasons}); they are listed in {where}")
 
-    def choose(self, records: list[SourceRecord]) -> list[ShardRecord]:
-        """The shards of this corpus."""
-        return choose_shards(records, self.config.corpus.max_tokens)
-
     def map(self, shards: list[ShardRecord]) -> tuple[list[Receipt], list[Failure]]:
         """A receipt for every shard, from an earlier run or this one, sorted by shard; and what failed."""
         measure_id = self.identity.measure_id
@@ -211,7 +217,7 @@ class _Run:
         left = [shard for shard in shards if shard.shard_id not in receipts]
         if receipts:
             self.voice.say(f"{len(receipts)} of {len(shards)} shards are already done")
-        num_features = sum(loaded.sae.num_features for loaded in self.identity.saes.values())
+        num_features = [loaded.sae.num_features for loaded in self.identity.saes.values()]
         cost = plan.estimate(shards, len(receipts), left, sample_sizes(self.config.sampling), num_features)
         if cost.partial_bytes > self.blobs.free_bytes():
             self.voice.say(
@@ -300,7 +306,8 @@ class _Run:
                     stage.advance(outcome.task.stop - outcome.task.start)
                     yield _result(outcome, f"features {outcome.task.start} to {outcome.task.stop}")
 
-            draft.write(results(), config.ranking.score, receipts)
+            with self.blobs.writing():
+                draft.write(results(), config.ranking.score, receipts)
             facts = self._facts(records, receipts, failures)
             volatile = {
                 "made_at": time.time(),
@@ -358,11 +365,16 @@ class _Run:
 
 
 def _spread(shards: list[ShardRecord]) -> tuple[ShardRecord, ...]:
-    """A few shards for the preflight: the first of every slice, then others."""
-    first: dict[str, ShardRecord] = {}
+    """Shards for the preflight: of every slice in turn, until they hold enough tokens."""
+    by_slice: dict[str, list[ShardRecord]] = {}
     for shard in shards:
-        first.setdefault(shard.slice, shard)
-    return tuple(first.values())[:_PROBE_SHARDS]
+        by_slice.setdefault(shard.slice, []).append(shard)
+    chosen: list[ShardRecord] = []
+    for turn in zip_longest(*by_slice.values()):
+        chosen += [shard for shard in turn if shard is not None]
+        if sum(shard.num_tokens for shard in chosen) >= preflight.NUM_TOKENS:
+            break
+    return tuple(chosen)
 
 
 def _result(outcome: Outcome[Any, Any], what: str) -> Any:

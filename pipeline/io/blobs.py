@@ -72,26 +72,22 @@ class LocalBlobs:
     def adopt(self, key: str, file: Path) -> None:
         """Move a finished local file to a key; for outputs too large to hold in memory."""
         path = self.path(key)
-        try:
+        with self.writing():
             path.parent.mkdir(parents=True, exist_ok=True)
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
             file.replace(path)
-        except OSError as error:
-            raise _refused(self.root, error) from error
 
     def free_bytes(self) -> int:
         """What the file system still takes."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        return shutil.disk_usage(self.root).free
+        there = next(path for path in (self.root, *self.root.parents) if path.exists())
+        return shutil.disk_usage(there).free
 
     def scratch(self) -> Path:
         """A fresh directory on the same file system, for `adopt`; the caller removes it."""
         path = self.root / "scratch" / uuid.uuid4().hex
-        try:
+        with self.writing():
             path.mkdir(parents=True)
-        except OSError as error:
-            raise _refused(self.root, error) from error
         return path
 
     def list(self, prefix: str) -> Iterator[str]:
@@ -106,21 +102,28 @@ class LocalBlobs:
         self.path(key).unlink(missing_ok=True)
 
     @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn what the disk refuses within the block into a `StorageError`."""
+        try:
+            yield
+        except OSError as error:
+            raise _refused(self.root, error) from error
+
+    @contextlib.contextmanager
     def _draft(self, key: str, body: bytes) -> Iterator[tuple[Path, Path]]:
         path = self.path(key)
         draft = path.with_name(f"{_DRAFT}{uuid.uuid4().hex}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("xb") as file:
-                file.write(body)
-                file.flush()
-                os.fsync(file.fileno())
-            yield draft, path
-            _sync_folder(path.parent)
-        except OSError as error:
-            raise _refused(self.root, error) from error
-        finally:
-            draft.unlink(missing_ok=True)
+        with self.writing():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with draft.open("xb") as file:
+                    file.write(body)
+                    file.flush()
+                    os.fsync(file.fileno())
+                yield draft, path
+                _sync_folder(path.parent)
+            finally:
+                draft.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

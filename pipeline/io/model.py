@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    getLogger("huggingface_hub").setLevel(ERROR)
 
 
 def _sha256(paths: Iterable[Path]) -> str:
@@ -164,7 +166,10 @@ class Tokenizer:
 
     def decode_many(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """`decode` of many runs."""
-        texts: list[str] = self._inner.batch_decode(rows, clean_up_tokenization_spaces=False)
+        backend = getattr(self._inner, "backend_tokenizer", None)
+        if backend is None:
+            return [self.decode(row) for row in rows]
+        texts: list[str] = backend.decode_batch(rows, skip_special_tokens=False)
         return texts
 
     def tokens(self, ids: Iterable[int]) -> list[str]:

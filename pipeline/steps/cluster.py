@@ -14,6 +14,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -78,15 +79,54 @@ def run_tasks(
     """
     if not tasks:
         return
-    if settings.executor == "ray" or (settings.executor == "auto" and settings.workers > 1):
-        run = _RayRun(make, tasks, settings, needs_gpu, on_event)
-        yield from run.outcomes(probe, judge)
+    if _uses_ray(settings):
+        with connected(settings):
+            yield from _RayRun(make, tasks, settings, needs_gpu, on_event).outcomes(probe, judge)
         return
     worker = make()
     if probe is not None:
         judge(_answered(_attempt(worker, probe)).outcome(probe, 1))
     for task in tasks:
         yield _answered(_attempt(worker, task)).outcome(task, 1)
+
+
+def _uses_ray(settings: ClusterConfig) -> bool:
+    return settings.executor == "ray" or (settings.executor == "auto" and settings.workers > 1)
+
+
+@contextmanager
+def connected(settings: ClusterConfig) -> Iterator[None]:
+    """Ray for the time of the block, if the settings want it: a private one, or a running cluster.
+
+    Blocks nest: only the outermost connects and disconnects.
+
+    Raises:
+        ConfigError: if no cluster answers at the address.
+    """
+    if not _uses_ray(settings):
+        yield
+        return
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    try:
+        if settings.address == "local":
+            cpus = settings.workers * settings.threads_per_worker
+            memory = 256 << 20  # results are small
+            ray.init("local", num_cpus=cpus, object_store_memory=memory, include_dashboard=False, **quiet)
+        else:
+            ray.init(settings.address, **quiet)
+    except ConnectionError as error:
+        raise ConfigError(
+            f"cluster.address {settings.address}: no Ray cluster answers there ({error}); start one or use local"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,28 +220,10 @@ class _RayRun:
         self._idle: list[Any] = []
         self._seconds: list[float] = []
         self._failed_starts = 0
-        self._owned = not ray.is_initialized()
-        if self._owned:
-            self._connect()
         self._make = ray.put(make)
 
-    def _connect(self) -> None:
-        settings = self._settings
-        common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "include_dashboard": False}
-        try:
-            if settings.address == "local":
-                cpus = settings.workers * settings.threads_per_worker
-                self._ray.init(address="local", num_cpus=cpus, object_store_memory=256 << 20, **common)
-            else:
-                common.pop("include_dashboard")
-                self._ray.init(address=settings.address, **common)
-        except ConnectionError as error:
-            raise ConfigError(
-                f"cluster.address {settings.address}: no Ray cluster answers there ({error}); start one or use local"
-            ) from error
-
     def outcomes(self, probe: Any, judge: Callable[[Outcome[Any, Any]], None]) -> Iterator[Outcome[Any, Any]]:
-        """Drive the run; actors and a private Ray are gone afterwards, however it ends."""
+        """Drive the run; its actors are gone afterwards, however it ends."""
         try:
             self._check_capacity()
             self._start()
@@ -213,8 +235,6 @@ class _RayRun:
         finally:
             for actor in [*self._idle, *(flight.actor for flight in self._flights.values())]:
                 self._ray.kill(actor)
-            if self._owned:
-                self._ray.shutdown()
 
     def _until_done(self, *, proven: bool) -> Iterator[Outcome[Any, Any]]:
         """Outcomes of all that is to do. Until a worker has proved that it starts, there is only one."""

@@ -125,12 +125,15 @@ class Cost:
     num_tokens_left: int
     partial_bytes: int
     """Upper estimate for what is left."""
+    bytes_per_token: float
+    """Of partials, for what is left."""
+    num_saes: int
     worker_bytes: int
     """Memory of one worker beside model and SAEs."""
 
 
 def estimate(
-    shards: list[ShardRecord], done: int, left: list[ShardRecord], sizes: SampleSizes, num_features: int
+    shards: list[ShardRecord], done: int, left: list[ShardRecord], sizes: SampleSizes, num_features: list[int]
 ) -> Cost:
     """Costs that do not need a measurement.
 
@@ -139,13 +142,17 @@ def estimate(
         done: how many have sound receipts.
         left: those that do not.
         sizes: samples kept of a feature.
-        num_features: over all SAEs.
+        num_features: of every SAE.
     """
     samples = sizes.top + sizes.random + (sizes.bands + 1) * sizes.per_band
+    tokens_left = sum(shard.num_tokens for shard in left)
+    partial_bytes = len(left) * sum(num_features) * samples * _SAMPLE_BYTES
     return Cost(
         num_shards=len(shards),
         num_done=done,
-        num_tokens_left=sum(shard.num_tokens for shard in left),
-        partial_bytes=len(left) * num_features * samples * _SAMPLE_BYTES,
-        worker_bytes=num_features * (NUM_BINS * 8 + samples * (24 + 2 * _SAMPLE_BYTES)),
+        num_tokens_left=tokens_left,
+        partial_bytes=partial_bytes,
+        bytes_per_token=partial_bytes / max(tokens_left, 1),
+        num_saes=len(num_features),
+        worker_bytes=sum(num_features) * (NUM_BINS * 8 + samples * (24 + 2 * _SAMPLE_BYTES)),
     )

@@ -18,7 +18,7 @@ from pipeline.steps.shard import Analyzer
 from pipeline.types import SiteKey
 
 POOR_FVU, HOPELESS_FVU = 0.5, 1.0
-_TOKENS = 4096
+NUM_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +72,10 @@ def measure(analyzer: Analyzer, probe: FitProbe) -> list[Fit]:
 
 
 def _first_contexts(analyzer: Analyzer, probe: FitProbe) -> list[list[int]]:
-    """Whole contexts, the same share of every shard, about `_TOKENS` tokens in all."""
+    """Whole contexts, the same share of every shard, about `NUM_TOKENS` tokens in all."""
     found: list[list[int]] = []
     for shard in probe.shards:
-        left = _TOKENS // len(probe.shards)
+        left = NUM_TOKENS // len(probe.shards)
         for ids in analyzer.contexts(shard.shard_id):
             found.append(ids)
             left -= len(ids)

@@ -7,8 +7,9 @@ same source always gives the same names and bytes.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.compute.packing import Context, Packer
 from pipeline.config import CorpusConfig, ModelConfig
@@ -166,7 +167,7 @@ class Preparer:
             "document_start": [c.document_starts for c in contexts],
             "slice": [slice_name] * len(contexts),
         }
-        shard_id = hashlib.sha256(json.dumps(columns).encode()).hexdigest()[:32]
+        shard_id = _content_id(columns)
         key = layout.shard(self._settings.preparation_id, shard_id)
         if not self._blobs.exists(key):
             self._blobs.put(key, tables.to_bytes(tables.table(tables.SHARD, columns)))
@@ -177,6 +178,19 @@ class Preparer:
             num_tokens=sum(len(c.input_ids) for c in contexts),
             num_documents=len({d for c in contexts for d in c.document_ids}),
         )
+
+
+def _content_id(columns: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(columns).encode()).hexdigest()[:32]
+
+
+def stored_shard_id(path: Path) -> str:
+    """The id that the content of a shard file gives today.
+
+    Raises:
+        CorruptError: if it cannot be read.
+    """
+    return _content_id(tables.read(path).to_pydict())
 
 
 def find_source(blobs: LocalBlobs, preparation_id: str, source_id: str, max_tokens: int | None) -> SourceRecord | None:

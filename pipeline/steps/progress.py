@@ -95,12 +95,20 @@ class Stage:
         if not self._voice.is_live and time.monotonic() - self._spoke > _PLAIN_SECONDS:
             self._spoke = time.monotonic()
             left = self.seconds / self._done * (self._total - self._done)
-            self._voice.say(f"{self._name}: {self._done}/{self._total}, {self._note()}, {left:.0f} s left")
+            self._voice.say(
+                ", ".join(
+                    filter(None, [f"{self._name}: {self._done}/{self._total}", self._note(), f"{left:.0f} s left"])
+                )
+            )
 
     def close(self) -> None:
         """The stage's last word."""
         if not self._voice.is_live and self._total:
-            self._voice.say(f"{self._name}: {self._done}/{self._total} in {self.seconds:.1f} s, {self._note()}")
+            self._voice.say(
+                ", ".join(
+                    filter(None, [f"{self._name}: {self._done}/{self._total} in {self.seconds:.1f} s", self._note()])
+                )
+            )
 
     def _note(self) -> str:
         parts: Iterable[str] = (

@@ -179,9 +179,7 @@ class Analyzer:
             ShardError: if it would fail again the same way.
         """
         began = time.monotonic()
-        arrays, tokens, contexts = self.measure(shard)
-        attributes = {"shard_id": shard.shard_id, "measure_id": self._measure_id, "sites": [str(k) for k in self.saes]}
-        body = store.pack(arrays, attributes)
+        body, tokens, contexts = self._packed(shard)
         sha256 = hashlib.sha256(body).hexdigest()
         part = Part(key=layout.partial(self._measure_id, sha256), sha256=sha256, num_bytes=len(body))
         self._blobs.put(part.key, body)
@@ -198,7 +196,16 @@ class Analyzer:
         self._blobs.put(layout.receipt(self._measure_id, shard.shard_id), receipt.to_bytes())
         return receipt
 
-    def measure(
+    def digest(self, shard: ShardRecord) -> str:
+        """sha256 of the partial that this shard gives; nothing is written."""
+        return hashlib.sha256(self._packed(shard)[0]).hexdigest()
+
+    def _packed(self, shard: ShardRecord) -> tuple[bytes, dict[str, dict[str, int]], dict[str, int]]:
+        arrays, tokens, contexts = self._measure(shard)
+        attributes = {"shard_id": shard.shard_id, "measure_id": self._measure_id, "sites": [str(k) for k in self.saes]}
+        return store.pack(arrays, attributes), tokens, contexts
+
+    def _measure(
         self, shard: ShardRecord
     ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, int]], dict[str, int]]:
         """The arrays of a shard's partial by site, and by hook point its token books and counted contexts."""

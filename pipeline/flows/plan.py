@@ -1,0 +1,71 @@
+"""What `jobs.analyze` would do under the same config: work, disk, memory and time. Nothing is run or written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import AnalyzeConfig
+from pipeline.flows.analyze import find_config_sources, identify
+from pipeline.io.blobs import LocalBlobs
+from pipeline.records import Receipt, ShardRecord
+from pipeline.steps import plan
+from pipeline.steps.prepare import choose_shards, find_source, read_settings
+from pipeline.steps.shard import sample_sizes
+
+_BYTES_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The work ahead."""
+
+    num_sources: int
+    num_prepared: int
+    """Sources whose shards are already there."""
+    unprepared_tokens: int
+    """Of the other sources: bytes / 4, a rough guess; compressed text is counted as it lies."""
+    cost: plan.Cost
+    """Of the shards that are already prepared."""
+    tokens_per_second: float | None
+    """Of one worker, from the receipts of this measure; None before there are any."""
+    free_bytes: int
+    """On the disk of the store."""
+
+
+def make_plan(config: AnalyzeConfig) -> Plan:
+    """Look at model, SAEs, sources and store.
+
+    Raises:
+        UserError: as `jobs.analyze` would.
+    """
+    identity = identify(config)
+    blobs = LocalBlobs(config.store.root)
+    plan.check_claim(blobs, config.catalog.name, identity.fields)
+    how = read_settings(config.corpus)
+    sources = find_config_sources(config)
+    records, unprepared = [], 0
+    for source in sources:
+        found = find_source(blobs, identity.preparation_id, source.identity(how), config.corpus.max_tokens)
+        if found is None:
+            unprepared += sum(Path(path).stat().st_size for path in source.paths) // _BYTES_PER_TOKEN
+        else:
+            records.append(found)
+    shards = choose_shards(records, config.corpus.max_tokens)
+    receipts: list[Receipt] = []
+    left: list[ShardRecord] = []
+    for shard in shards:
+        receipt = plan.find_receipt(blobs, identity.measure_id, shard)
+        if receipt is None:
+            left.append(shard)
+        else:
+            receipts.append(receipt)
+    num_features = [loaded.sae.num_features for loaded in identity.saes.values()]
+    seconds = sum(receipt.ran["seconds"] for receipt in receipts)
+    rate = sum(receipt.shard.num_tokens for receipt in receipts) / seconds if seconds else None
+    return Plan(
+        num_sources=len(sources),
+        num_prepared=len(records),
+        unprepared_tokens=unprepared,
+        cost=plan.estimate(shards, len(receipts), left, sample_sizes(config.sampling), num_features),
+        tokens_per_second=rate,
+        free_bytes=blobs.free_bytes(),
+    )

@@ -1,0 +1,108 @@
+"""Prove a store: every shard, partial and snapshot against the digests that name them, some by recomputation."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.config import AnalyzeConfig, VerifyConfig
+from pipeline.errors import CensusError, ConfigError, CorruptError
+from pipeline.io.blobs import LocalBlobs
+from pipeline.records import Receipt
+from pipeline.steps import layout
+from pipeline.steps.prepare import stored_shard_id
+from pipeline.steps.shard import Analyzer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What was proved."""
+
+    num_checked: int
+    """Files whose bytes were read and hashed."""
+    num_recomputed: int
+    """Shards that were analysed again."""
+    wrong: tuple[str, ...]
+    """One sentence for each file that is not what its record says, with what to do."""
+
+
+def verify(config: VerifyConfig) -> Verdict:
+    """Check a whole store.
+
+    Raises:
+        ConfigError: if there is no store.
+    """
+    blobs = LocalBlobs(config.store.root)
+    if not (blobs.root / "measures").is_dir():
+        raise ConfigError(f"store.root {blobs.root} holds no measures; is it the root of a run?")
+    num_checked, num_recomputed, wrong = 0, 0, []
+    for complaint in (*_shards(blobs), *_receipts(blobs), *_snapshots(blobs)):
+        num_checked += 1
+        wrong += [complaint] if complaint else []
+    if config.recompute:
+        for complaint in _recompute(blobs, config):
+            num_recomputed += 1
+            wrong += [complaint] if complaint else []
+    return Verdict(num_checked=num_checked, num_recomputed=num_recomputed, wrong=tuple(wrong))
+
+
+def _shards(blobs: LocalBlobs) -> Iterator[str]:
+    for key in blobs.list("corpora"):
+        if not key.endswith(".parquet"):
+            continue
+        try:
+            sound = stored_shard_id(blobs.path(key)) == key.rsplit("/", 1)[-1].removesuffix(".parquet")
+        except CorruptError:
+            sound = False
+        yield "" if sound else f"{key} is damaged: delete it and run jobs.analyze again, which prepares it anew"
+
+
+def _receipts(blobs: LocalBlobs) -> Iterator[str]:
+    for key in blobs.list("measures"):
+        if "/receipts/" not in key:
+            continue
+        try:
+            receipt = Receipt.model_validate_json(blobs.get(key))
+            damaged = [part.key for part in receipt.parts if blobs.digest(part.key) != part.sha256]
+        except (ValueError, CorruptError) as error:
+            yield f"{key} cannot be trusted ({str(error).splitlines()[0]}): jobs.analyze will recompute its shard"
+            continue
+        yield (
+            f"{', '.join(damaged)} is damaged: jobs.analyze will recompute {receipt.shard.shard_id}" if damaged else ""
+        )
+
+
+def _snapshots(blobs: LocalBlobs) -> Iterator[str]:
+    for key in blobs.list("catalogs"):
+        if not key.endswith("/manifest.json") or ".zarr/" in key:
+            continue
+        folder = key.removesuffix("manifest.json")
+        try:
+            files = json.loads(blobs.get(key))["files"]
+        except (ValueError, KeyError):
+            yield f"{key} is damaged: publish again with jobs.analyze"
+            continue
+        for name, facts in files.items():
+            try:
+                sound = blobs.digest(folder + name) == facts["sha256"]
+            except CorruptError:
+                sound = False
+            yield "" if sound else f"{folder}{name} is damaged: remove the folder and run jobs.analyze again"
+
+
+def _recompute(blobs: LocalBlobs, config: VerifyConfig) -> Iterator[str]:
+    """Analyse hash-random shards of every measure again, by the manifest that made them."""
+    for manifest in sorted(blobs.path("measures").glob("*/manifest.json")):
+        measure_id = manifest.parent.name
+        made = json.loads(manifest.read_bytes())
+        receipts = [Receipt.model_validate_json(blobs.get(k)) for k in blobs.list(layout.receipts(measure_id))]
+        receipts.sort(key=lambda r: hashlib.sha256(f"{config.seed}{r.shard.shard_id}".encode()).digest())
+        how = AnalyzeConfig.model_validate(made["config"] | {"store": config.store.model_dump()})
+        try:
+            analyzer = Analyzer(how, made["preparation_id"], measure_id, made["fields"]["numerics"])
+        except CensusError as error:
+            yield f"measures/{measure_id} cannot be recomputed here: {error}"
+            continue
+        for receipt in receipts[: config.recompute]:
+            same = analyzer.digest(receipt.shard) == receipt.parts[0].sha256
+            yield "" if same else f"shard {receipt.shard.shard_id} of measure {measure_id} gives other bytes today"
