@@ -127,7 +127,7 @@ def bin_of(value: Float32[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:
 
 
 def bin_edges() -> Float64[np.ndarray, " E"]:
-    """The H + 1 edges of the bins, ascending; bin i holds edges[i] <= code < edges[i + 1], the first and last are open."""
+    """The H + 1 edges of the bins, ascending: bin i holds edges[i] <= code < edges[i + 1]; both ends are open."""
     step = np.arange(NUM_BINS + 1)
     return np.ldexp(1 + (step % BINS_PER_OCTAVE) / BINS_PER_OCTAVE, OCTAVES[0] + step // BINS_PER_OCTAVE)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import AnalyzeConfig
-from pipeline.flows.analyze import find_config_sources, identify
+from pipeline.flows.identity import find_config_sources, identify
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import Receipt, ShardRecord
 from pipeline.steps import plan

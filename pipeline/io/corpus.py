@@ -5,38 +5,17 @@ split of a dataset. Its identity is its content, its name inside the pattern tha
 never the folder it happens to lie in.
 """
 
-import csv
 import glob
-import gzip
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any
 
 from pipeline.errors import SourceError
 from pipeline.io import embedded, tables
-
-FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt")
-PACKED = (".gz", ".zst")
-
-Reason = Literal[
-    "not_utf8", "not_json", "not_an_object", "missing_column", "null", "not_text", "empty", "giant", "bad_row"
-]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadSettings:
-    """How records are read; a part of every source's identity."""
-
-    column: str
-    split: str
-    revision: str | None
-    streaming: bool
-    txt_documents: Literal["file", "line"]
-    max_record_bytes: int
+from pipeline.io.rows import FORMATS, PACKED, Bad, ReadSettings, Reason, Row, format_of, read_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +115,7 @@ def read(source: Source, settings: ReadSettings) -> Iterator[Document | BadRecor
     if _digest(map(Path, source.paths)) != source.digest:
         raise SourceError(f"{', '.join(source.paths)} changed while it was being prepared; run the command again")
     for name, path in zip(source.names, map(Path, source.paths), strict=True):
-        yield from _records(source, name, _rows(path, settings), settings)
+        yield from _records(source, name, read_rows(path, settings), settings)
 
 
 # --- finding ----------------------------------------------------------------------------------------------
@@ -151,7 +130,7 @@ def _locate(part: str, embedded_chars: int) -> list[tuple[str, Path]] | str:
         return [_download(part)]
     path = Path(part).expanduser()
     if path.is_file():
-        _format(path)
+        format_of(path)
         return [(path.name, path)]
     if path.is_dir():
         return part
@@ -162,7 +141,7 @@ def _locate(part: str, embedded_chars: int) -> list[tuple[str, Path]] | str:
         if not files:
             raise SourceError(f"corpus.source {part} matches no file")
         for file in files:
-            _format(file)
+            format_of(file)
         return [(file.relative_to(base).as_posix(), file) for file in files]
     looks_local = path.is_absolute() or part.startswith((".", "~")) or part.count("/") > 1
     if looks_local or any(part.endswith(suffix) for suffix in FORMATS + PACKED):
@@ -179,25 +158,12 @@ def _before_magic(parts: tuple[str, ...]) -> list[str]:
     return fixed
 
 
-def _format(path: Path) -> str:
-    name = path.name.lower()
-    for packed in PACKED:
-        name = name.removesuffix(packed)
-    suffix = Path(name).suffix
-    if suffix not in FORMATS or (suffix in (".parquet", ".arrow") and path.suffix in PACKED):
-        raise SourceError(
-            f"corpus file {path} is of no known format; expected {', '.join(FORMATS)} (text formats also with "
-            f"{' or '.join(PACKED)})"
-        )
-    return suffix
-
-
 def _download(url: str) -> tuple[str, Path]:
     import fsspec
 
     name = url.rstrip("/").rsplit("/", 1)[-1]
     target = embedded.cache_dir() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
-    _format(target)
+    format_of(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{name}.draft")
     try:
@@ -277,15 +243,6 @@ def _dataset_source(slice_name: str, name: str, settings: ReadSettings) -> Sourc
 
 # --- records ------------------------------------------------------------------------------------------------
 
-Row = tuple[int, Any]
-"""A record's number and its value: a mapping with the column, or a `_Bad`."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Bad:
-    reason: Reason
-    detail: str = ""
-
 
 def _records(source: Source, name: str, rows: Iterable[Row], settings: ReadSettings) -> Iterator[Document | BadRecord]:
     keys: set[str] = set()
@@ -305,141 +262,24 @@ def _records(source: Source, name: str, rows: Iterable[Row], settings: ReadSetti
         raise tables.missing_column(name, settings.column, keys)
 
 
-def _text(row: Any, settings: ReadSettings) -> str | _Bad:
-    if isinstance(row, _Bad):
+def _text(row: Any, settings: ReadSettings) -> str | Bad:
+    if isinstance(row, Bad):
         return row
     if not isinstance(row, Mapping):
-        return _Bad("not_an_object", type(row).__name__)
+        return Bad("not_an_object", type(row).__name__)
     if settings.column not in row:
-        return _Bad("missing_column", ", ".join(map(str, row))[:200])
+        return Bad("missing_column", ", ".join(map(str, row))[:200])
     text = row[settings.column]
     if text is None:
-        return _Bad("null")
+        return Bad("null")
     if not isinstance(text, str):
-        return _Bad("not_text", type(text).__name__)
+        return Bad("not_text", type(text).__name__)
     if not text.strip():
-        return _Bad("empty")
+        return Bad("empty")
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
-        return _Bad("not_utf8", "a lone surrogate")
+        return Bad("not_utf8", "a lone surrogate")
     if size > settings.max_record_bytes:
-        return _Bad("giant", f"{size} bytes; corpus.max_record_bytes is {settings.max_record_bytes}")
+        return Bad("giant", f"{size} bytes; corpus.max_record_bytes is {settings.max_record_bytes}")
     return text
-
-
-def _rows(path: Path, settings: ReadSettings) -> Iterator[Row]:
-    suffix = _format(path)
-    if suffix in (".parquet", ".arrow"):
-        number = 0
-        for batch in tables.column_batches(path, settings.column):
-            for value in batch:
-                yield number, {settings.column: value}
-                number += 1
-        return
-    try:
-        with _opened(path) as file:
-            match suffix:
-                case ".jsonl":
-                    yield from _jsonl(file, settings)
-                case ".json":
-                    yield from _json(file, settings)
-                case ".csv":
-                    yield from _csv(file, path, settings)
-                case _:
-                    yield from _txt(file, settings)
-    except (OSError, EOFError) as error:
-        raise SourceError(f"corpus file {path} is damaged: {error}") from error
-
-
-def _opened(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]  # a GzipFile reads like any binary file
-    if path.suffix == ".zst":
-        import zstandard
-
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True))
-    return path.open("rb")
-
-
-def _lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | _Bad]]:
-    """Lines without their ends; a giant one is passed over in constant memory."""
-    number = 0
-    while line := file.readline(max_bytes + 2):
-        number += 1
-        if len(line) > max_bytes and not line.endswith(b"\n"):
-            size = len(line)
-            while line and not line.endswith(b"\n"):
-                line = file.readline(1 << 20)
-                size += len(line)
-            yield number, _Bad("giant", f"{size} bytes; corpus.max_record_bytes is {max_bytes}")
-        else:
-            line = line.rstrip(b"\r\n")
-            yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-
-
-def _decoded(line: bytes) -> str | _Bad:
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        return _Bad("not_utf8", f"byte {error.start}: {line[error.start : error.start + 4].hex()}")
-
-
-def _jsonl(file: BinaryIO, settings: ReadSettings) -> Iterator[Row]:
-    for number, line in _lines(file, settings.max_record_bytes):
-        text = line if isinstance(line, _Bad) else _decoded(line)
-        yield number, _parsed(text) if isinstance(text, str) else text
-
-
-def _parsed(text: str) -> Any:
-    if not text.strip():
-        return _Bad("empty")
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        return _Bad("not_json", f"{error}: {text[:80]}")
-
-
-def _json(file: BinaryIO, settings: ReadSettings) -> Iterator[Row]:
-    """An array of records, an object that holds one, a single record, or (as is common) JSON lines."""
-    body = file.read()
-    try:
-        whole = json.loads(body)
-    except ValueError:
-        yield from _jsonl(io.BytesIO(body), settings)
-        return
-    if isinstance(whole, Mapping) and settings.column not in whole:
-        lists = [value for value in whole.values() if isinstance(value, list)]
-        whole = lists[0] if len(lists) == 1 else whole
-    yield from enumerate(whole if isinstance(whole, list) else [whole])
-
-
-def _csv(file: BinaryIO, path: Path, settings: ReadSettings) -> Iterator[Row]:
-    csv.field_size_limit(max(settings.max_record_bytes, 1 << 17))
-    lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.DictReader(lines)
-    if reader.fieldnames and settings.column not in reader.fieldnames:
-        raise tables.missing_column(path, settings.column, reader.fieldnames)
-    while True:
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield reader.line_num, _Bad("bad_row", str(error))
-            continue
-        yield reader.line_num, row
-
-
-def _txt(file: BinaryIO, settings: ReadSettings) -> Iterator[Row]:
-    if settings.txt_documents == "line":
-        for number, line in _lines(file, settings.max_record_bytes):
-            text = line if isinstance(line, _Bad) else _decoded(line)
-            yield number, {settings.column: text} if isinstance(text, str) else text
-        return
-    body = file.read(settings.max_record_bytes + 1)
-    if len(body) > settings.max_record_bytes:
-        yield 0, _Bad("giant", f"over {settings.max_record_bytes} bytes; set corpus.txt_documents=line?")
-        return
-    text = _decoded(body.removeprefix(b"\xef\xbb\xbf"))
-    yield 0, {settings.column: text} if isinstance(text, str) else text

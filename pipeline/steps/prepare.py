@@ -15,8 +15,9 @@ from pipeline.compute.packing import Context, Packer
 from pipeline.config import CorpusConfig, ModelConfig
 from pipeline.io import tables
 from pipeline.io.blobs import LocalBlobs
-from pipeline.io.corpus import BadRecord, Document, ReadSettings, Source, read
+from pipeline.io.corpus import BadRecord, Document, Source, read
 from pipeline.io.model import Tokenizer
+from pipeline.io.rows import ReadSettings
 from pipeline.records import ShardRecord, SourceRecord, digest_of
 from pipeline.steps import layout
 

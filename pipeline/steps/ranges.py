@@ -7,35 +7,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Float64, Int64
 
 from pipeline.compute import stats as statistics
-from pipeline.compute.samples import Entries, Kept, Samples, exponent_of, firing_keys, joined, silent_keys
+from pipeline.compute.samples import Entries, Kept, Samples, exponent_of, joined
 from pipeline.compute.stats import FeatureStats
 from pipeline.config import ModelConfig, SamplingConfig
 from pipeline.errors import CorruptError
 from pipeline.io import tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.model import Tokenizer
-from pipeline.io.store import FEATURE_CHUNK, Pack
+from pipeline.io.store import FEATURE_CHUNK
 from pipeline.records import Receipt
 from pipeline.steps import layout
-from pipeline.steps.shard import sample_sizes, shard_key, site_group
+from pipeline.steps.partial import RangeTask, opened
+from pipeline.steps.shard import sample_sizes
 from pipeline.steps.spans import Ragged, SpanAddresses, attach, take_ranges
 from pipeline.types import SiteKey
 
 LOW_OCTAVES = 2
 """`low_activating` draws from codes at least this many octaves below the maximum's."""
 QUANTILES = (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RangeTask:
-    """A half-open range of features of one site."""
-
-    site: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +81,7 @@ class Reducer:
         model = settings.model
         self._tokenizer = Tokenizer(model.id, model.revision, trust_remote_code=model.trust_remote_code)
         self._shard_ids = [receipt.shard.shard_id for receipt in settings.receipts]
+        self._lengths: dict[int, Int64[np.ndarray, " C"]] = {}
 
     def run(self, task: RangeTask) -> RangeResult:
         """Reduce one range.
@@ -101,15 +94,15 @@ class Reducer:
         receipts = self._settings.receipts
         by_slice: dict[str, FeatureStats] = {}
         counted: dict[str, int] = {}
-        samples = Samples.zero(task.stop - task.start, sample_sizes(self._settings.sampling))
+        samples = Samples.zero(task.num_features, sample_sizes(self._settings.sampling))
         for ordinal, receipt in enumerate(receipts):
-            with Pack(self._blobs.path(receipt.parts[0].key)) as pack:
-                part = _read_stats(pack, task)
-                _put_samples(pack, task, samples, ordinal, receipt.shard.shard_id, self._settings.sampling.seed)
+            with opened(self._blobs, receipt, task) as partial:
+                part = partial.stats()
+                partial.put_samples(samples, ordinal, self._settings.sampling.seed)
             name = receipt.shard.slice
             by_slice[name] = by_slice[name].merge(part) if name in by_slice else part
             counted[name] = counted.get(name, 0) + receipt.tokens[point]["counted"]
-        whole = FeatureStats.zero(task.stop - task.start)
+        whole = FeatureStats.zero(task.num_features)
         for name in sorted(by_slice):
             whole = whole.merge(by_slice[name])
         num_tokens = sum(counted.values())
@@ -153,7 +146,7 @@ class Reducer:
             hook_point=str(site.hook_point),
             sae=site.sae,
         )
-        collapsed = np.zeros((task.stop - task.start, len(names)), np.int64)
+        collapsed = np.zeros((task.num_features, len(names)), np.int64)
         np.add.at(collapsed, (addresses.feature[dropped], addresses.group[dropped]), 1)
         return tables.ipc_bytes(table), collapsed
 
@@ -187,48 +180,35 @@ class Reducer:
         )
 
     def _silent(self, task: RangeTask, samples: Samples) -> Entries:
-        """For every feature of the range, the kept contexts in which it never fires, in an order of its own."""
+        """For every feature of the range, the kept contexts in which it never fires, in an order of its own.
+
+        The position shown is drawn by the same hash from the real tokens of the context.
+        """
+        found = [Kept.zero(0, 0).entries()]
         kept = samples.silent.entries()
-        num_features, num_contexts = task.stop - task.start, len(kept.key)
-        fires: Bool[np.ndarray, "F C"] = np.zeros((num_features, num_contexts), bool)
-        lengths = np.zeros(num_contexts, np.int64)
-        for ordinal in np.unique(kept.shard):
-            receipt = self._settings.receipts[ordinal]
-            mine = np.flatnonzero(kept.shard == ordinal)
-            with Pack(self._blobs.path(receipt.parts[0].key)) as pack:
-                rows, start, features = (
-                    pack.read(f"{site_group(task.site)}/silent_{name}") for name in ("row", "start", "feature")
+        for ordinal, row in zip(kept.shard, kept.row, strict=True):
+            with opened(self._blobs, self._settings.receipts[ordinal], task) as partial:
+                feature = np.setdiff1d(np.arange(task.num_features), partial.firing_in(int(row)))
+                key = partial.silent_keys_of(feature, int(row), self._settings.sampling.seed)
+            length = self._context_lengths(int(ordinal))[row]
+            found.append(
+                Entries(
+                    group=feature,
+                    key=key,
+                    shard=np.full(len(feature), ordinal, np.int32),
+                    row=np.full(len(feature), row, np.int32),
+                    position=(key % length).astype(np.int32),
+                    value=np.zeros(len(feature), np.float32),
                 )
-            order = np.argsort(rows)
-            place = order[np.searchsorted(rows, kept.row[mine], sorter=order)]
-            flat, bounds = take_ranges(start[:-1][place], start[1:][place])
-            feature = features[flat].astype(np.int64) - task.start
-            context = np.repeat(mine, np.diff(bounds))
-            inside = (feature >= 0) & (feature < num_features)
-            fires[feature[inside], context[inside]] = True
-            lengths[mine] = self._context_lengths(int(ordinal))[kept.row[mine]]
-        feature, context = np.nonzero(~fires)
-        keys = np.zeros(len(feature), np.int64)
-        for ordinal in np.unique(kept.shard):
-            mine = kept.shard[context] == ordinal
-            key = shard_key(self._shard_ids[ordinal])
-            nowhere = np.zeros(int(mine.sum()), np.int32)
-            keys[mine] = firing_keys(
-                self._settings.sampling.seed, key, feature[mine] + task.start, kept.row[context[mine]], nowhere
             )
-        return Entries(
-            group=feature,
-            key=keys,
-            shard=kept.shard[context],
-            row=kept.row[context],
-            position=(keys % lengths[context]).astype(np.int32),
-            value=np.zeros(len(feature), np.float32),
-        )
+        return joined(found)
 
     def _context_lengths(self, ordinal: int) -> Int64[np.ndarray, " C"]:
-        path = self._blobs.path(layout.shard(self._settings.preparation_id, self._shard_ids[ordinal]))
-        start, _ = tables.ragged(tables.read(path, ["input_ids"]), "input_ids")
-        return np.diff(start)
+        if ordinal not in self._lengths:
+            path = self._blobs.path(layout.shard(self._settings.preparation_id, self._shard_ids[ordinal]))
+            start, _ = tables.ragged(tables.read(path, ["input_ids"]), "input_ids")
+            self._lengths[ordinal] = np.diff(start)
+        return self._lengths[ordinal]
 
     def _codes(self, task: RangeTask, addresses: SpanAddresses) -> tuple[Ragged, np.ndarray]:
         """The codes of each address's context, from the partial that kept them; none for silent contexts."""
@@ -238,72 +218,20 @@ class Reducer:
         fired = addresses.value > 0
         for ordinal in np.unique(addresses.shard[fired]):
             mine = np.flatnonzero(fired & (addresses.shard == ordinal))
-            with Pack(self._blobs.path(self._settings.receipts[ordinal].parts[0].key)) as pack:
-                group = site_group(task.site)
-                pair_start = pack.read(f"{group}/pair_start", task.start, task.stop + 1)
-                first, last = int(pair_start[0]), int(pair_start[-1])
-                rows = pack.read(f"{group}/pair_row", first, last)
-                code_start = pack.read(f"{group}/code_start", first, last + 1)
-                low, high = int(code_start[0]), int(code_start[-1])
-                values.append(pack.read(f"{group}/code_value", low, high))
-                positions.append(pack.read(f"{group}/code_position", low, high))
-            feature = np.repeat(np.arange(task.stop - task.start), np.diff(pair_start))
-            keys = (feature << 32) | rows
+            with opened(self._blobs, self._settings.receipts[ordinal], task) as partial:
+                kept = partial.evidence()
+            values.append(kept.value)
+            positions.append(kept.position)
+            keys = (kept.pair_feature << 32) | kept.pair_row
             wanted = (addresses.feature[mine] << 32) | addresses.row[mine]
             place = np.searchsorted(keys, wanted)
             if not np.array_equal(keys[np.minimum(place, len(keys) - 1)], wanted):
                 raise CorruptError(f"the partial of shard {self._shard_ids[ordinal]} lacks codes of a kept sample")
-            begin[mine] = code_start[place] - low + offset
-            end[mine] = code_start[place + 1] - low + offset
-            offset += high - low
+            begin[mine] = kept.code_start[place] + offset
+            end[mine] = kept.code_start[place + 1] + offset
+            offset += len(kept.value)
         flat, start = take_ranges(begin, end)
         return Ragged(start=start, values=np.concatenate(values)[flat]), np.concatenate(positions)[flat]
-
-
-def _read_stats(pack: Pack, task: RangeTask) -> FeatureStats:
-    group = site_group(task.site)
-    return FeatureStats(
-        **{name: pack.read(f"{group}/{name}", task.start, task.stop) for name in FeatureStats.__dataclass_fields__}
-    )
-
-
-def _put_samples(pack: Pack, task: RangeTask, samples: Samples, ordinal: int, shard_id: str, seed: int) -> None:
-    """Merge the samples of one partial into `samples`; keys are hashes of the address and are made again."""
-    group, salt = site_group(task.site), shard_key(shard_id)
-    for name in ("top", "random", "bands"):
-        row, position, value = (
-            pack.read(f"{group}/{name}_{column}", task.start, task.stop) for column in ("row", "position", "value")
-        )
-        feature, slot = np.nonzero(row >= 0)
-        place = (feature, slot)
-        if name == "top":
-            key = -value[place].view(np.int32).astype(np.int64)
-        else:
-            key = firing_keys(seed, salt, feature + task.start, row[place], position[place])
-        entries = Entries(
-            group=feature,
-            key=key,
-            shard=np.full(len(feature), ordinal, np.int32),
-            row=row[place],
-            position=position[place],
-            value=value[place],
-        )
-        if name == "bands":
-            samples.put_bands(entries)
-        else:
-            getattr(samples, name).put(entries)
-    rows = pack.read(f"{group}/silent_row")
-    nowhere = np.zeros(len(rows), np.int32)
-    samples.silent.put(
-        Entries(
-            group=nowhere.astype(np.int64),
-            key=silent_keys(seed, salt, rows),
-            shard=np.full(len(rows), ordinal, np.int32),
-            row=rows,
-            position=nowhere,
-            value=nowhere.astype(np.float32),
-        )
-    )
 
 
 def _of_feature(entries: Entries, slots: int) -> Entries:

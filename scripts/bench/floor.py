@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import AnalyzeConfig
-from pipeline.flows.analyze import find_config_sources, identify
+from pipeline.flows.identity import find_config_sources, identify
 from pipeline.io import device
 from pipeline.io.model import LanguageModel
 from pipeline.steps.prepare import Preparer, PrepareSettings

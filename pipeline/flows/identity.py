@@ -1,0 +1,100 @@
+"""Everything that decides numbers, read and checked before any work."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import AnalyzeConfig
+from pipeline.errors import ConfigError
+from pipeline.io import device, embedded
+from pipeline.io.checkpoints import LoadedSae
+from pipeline.io.corpus import Source, find_sources
+from pipeline.io.hooks import check_point
+from pipeline.io.model import ModelFacts, Tokenizer, choose_device, choose_dtype, model_facts
+from pipeline.records import digest_of
+from pipeline.steps import plan
+from pipeline.steps.prepare import preparation_fields, read_settings
+from pipeline.steps.shard import load_saes
+from pipeline.types import SiteKey
+
+_CHARS_PER_TOKEN = 3.6
+"""Of the embedded texts, about."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Everything that decides numbers, known before any work."""
+
+    facts: ModelFacts
+    saes: dict[SiteKey, LoadedSae]
+    numerics: dict[str, str | int]
+    preparation: dict[str, Any]
+    measure: dict[str, Any]
+
+    @property
+    def preparation_id(self) -> str:
+        """Names the folder of shards."""
+        return digest_of(self.preparation)
+
+    @property
+    def measure_id(self) -> str:
+        """Names the folder of partials."""
+        return digest_of(self.measure)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What every snapshot of a catalog shares."""
+        return {"preparation": self.preparation, "measure": self.measure}
+
+
+def identify(config: AnalyzeConfig) -> Identity:
+    """Read model config, SAEs and tokenizer; check what can be checked without the model's weights.
+
+    Raises:
+        UserError: if they do not belong together, or cannot be read.
+    """
+    model = config.model
+    chosen = choose_device(model.device)
+    facts = model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+    saes = load_saes(config)
+    for key, loaded in saes.items():
+        check_point(key.hook_point, facts.taps, facts.num_layers)
+        if key.hook_point.stream.startswith("resid") and loaded.sae.width != facts.d_model:
+            raise ConfigError(
+                f"SAE {key.sae} is {loaded.sae.width} wide, but {key.hook_point} of {model.id} is {facts.d_model} "
+                "wide; is this the SAE of another model?"
+            )
+    if facts.max_positions and config.corpus.context_length > facts.max_positions:
+        raise ConfigError(
+            f"corpus.context_length is {config.corpus.context_length}, but the model has only "
+            f"{facts.max_positions} positions; choose a shorter one"
+        )
+    tokenizer = Tokenizer(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+    if config.corpus.bos == "always" and tokenizer.bos_id is None:
+        raise ConfigError(f"corpus.bos is always, but the tokenizer of {model.id} has no BOS token; use never")
+    shard_tokens = config.corpus.shard_tokens or plan.default_shard_tokens(chosen, facts.num_layers, facts.d_model)
+    numerics = device.configure(config.cluster.threads_per_worker, chosen)
+    dtype = str(choose_dtype(model.dtype, chosen)).removeprefix("torch.")
+    about_model = {"digest": facts.digest, "family": facts.family, "dtype": dtype, "tokenizer": tokenizer.digest}
+    return Identity(
+        facts=facts,
+        saes=saes,
+        numerics=numerics,
+        preparation=preparation_fields(config.corpus, tokenizer, shard_tokens),
+        measure=plan.measure_fields(config, about_model, saes, numerics),
+    )
+
+
+def find_config_sources(config: AnalyzeConfig) -> list[Source]:
+    """The sources that a config names.
+
+    Raises:
+        SourceError: if one is not there.
+    """
+    source = config.corpus.source
+    num_embedded = str(source).count(embedded.PREFIX)
+    return find_sources(
+        source,
+        read_settings(config.corpus),
+        group_files=config.corpus.group_files,
+        embedded_chars=int(config.corpus.embedded_tokens * _CHARS_PER_TOKEN / max(num_embedded, 1)),
+    )
