@@ -19,8 +19,8 @@ def job(config: AnalyzeConfig) -> int:
     """Run the flow and show what came out."""
     analysis = analyze(config)
     console = Console()
-    for site in sorted({(row["hook_point"], row["sae"]) for row in analysis.catalog.best(1).to_pylist()}):
-        console.print(best_table(analysis.catalog, *site, num_features=_BEST))
+    for row in sorted(analysis.catalog.best(1).to_pylist(), key=lambda row: (row["layer"], row["sae"])):
+        console.print(best_table(analysis.catalog, row["hook_point"], row["sae"], num_features=_BEST))
     console.print(_summary(analysis), markup=False, highlight=False, soft_wrap=True)
     if analysis.failures:
         print(f"{len(analysis.failures)} shards failed and are missing from the catalog", file=sys.stderr)

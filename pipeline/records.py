@@ -46,6 +46,8 @@ class SourceRecord(_Record):
     complete: bool
     """False if corpus.max_tokens ended it early."""
     shards: tuple[ShardRecord, ...]
+    files_sha256: dict[str, str]
+    """Of each shard's file, by shard id."""
     num_documents: int
     tokens_truncated: int
     dropped: dict[str, int]

@@ -160,8 +160,11 @@ class SparseAutoencoder:
         if len(tiles) > 1:  # the k best of all tiles are among the k best of each
             values, index = _largest(values, self.gate.k)
             features = features.gather(1, index)
-        token, place = (values > 0).nonzero(as_tuple=True)
-        return token, features[token, place], values[token, place]
+        token = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
+        if values.min() > 0:  # nearly always: k features of a token are positive
+            return token.flatten(), features.flatten(), values.flatten()
+        fires = values > 0
+        return token[fires], features[fires], values[fires]
 
     def _elementwise(self, pre: Float[Tensor, "N f"], part: slice) -> Float[Tensor, "N f"]:
         match self.gate:

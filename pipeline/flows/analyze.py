@@ -74,8 +74,8 @@ class _Run:
         self.voice = Voice(self.blobs, layout.events(self.identity.measure_id, run_id), say)
         self.seconds: dict[str, float] = {}
         preparation_id, measure_id = self.identity.preparation_id, self.identity.measure_id
-        self.blobs.put(layout.preparation(preparation_id), canonical(self.identity.preparation))
-        self.blobs.put(layout.measure(measure_id), canonical(self.manifest()))
+        self.blobs.put_if_absent(layout.preparation(preparation_id), canonical(self.identity.preparation))
+        self.blobs.put_if_absent(layout.measure(measure_id), canonical(self.manifest()))
 
     def manifest(self) -> dict[str, Any]:
         """What `jobs.verify` needs to recompute a shard."""
@@ -195,7 +195,9 @@ class _Run:
     def reduce(self, records: list[SourceRecord], receipts: list[Receipt], failures: list[Failure]) -> Analysis:
         """Merge the partials into a published snapshot."""
         if not receipts:
-            raise CensusError("no shard could be analysed: " + "; ".join(sorted({f.message for f in failures})))
+            reasons = sorted({f"{f.kind}: {f.message}" for f in failures})
+            more = f" (and {len(reasons) - 3} more reasons)" if len(reasons) > 3 else ""
+            raise CensusError(f"none of {len(failures)} shards could be analysed: {'; '.join(reasons[:3])}{more}")
         config, identity = self.config, self.identity
         sites = tuple(identity.saes)
         settings = ranges.ReduceSettings(

@@ -54,7 +54,7 @@ def _shards(blobs: LocalBlobs) -> Iterator[str]:
             sound = stored_shard_id(blobs.path(key)) == key.rsplit("/", 1)[-1].removesuffix(".parquet")
         except CorruptError:
             sound = False
-        yield "" if sound else f"{key} is damaged: delete it and run jobs.analyze again, which prepares it anew"
+        yield "" if sound else f"{key} is damaged: jobs.analyze will prepare it again"
 
 
 def _receipts(blobs: LocalBlobs) -> Iterator[str]:

@@ -8,6 +8,7 @@ never the folder it happens to lie in.
 import glob
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ def find_sources(
                 found[unit.identity(settings)] = unit
             else:
                 files += located
-        for group in _groups(sorted(set(files)), group_files):
+        for group in _groups(_distinct(files), group_files):
             unit = Source(
                 slice=slice_name,
                 names=tuple(name for name, _ in group),
@@ -97,7 +98,7 @@ def find_sources(
                 dataset=None,
                 digest=_digest(path for _, path in group),
             )
-            found[unit.identity(settings)] = unit  # the same file named twice is one source
+            found[unit.identity(settings)] = unit
     return sorted(found.values(), key=lambda unit: (unit.slice, unit.names, unit.digest))
 
 
@@ -174,6 +175,24 @@ def _download(url: str) -> tuple[str, Path]:
         raise SourceError(f"corpus.source {url} could not be fetched: {error}") from error
     draft.replace(target)
     return name, target
+
+
+def _distinct(files: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """Files by name, each once; the digest of its content sets apart those of one name in several folders."""
+    by_name: dict[str, dict[Path, Path]] = {}
+    for name, path in files:
+        by_name.setdefault(name, {})[path.resolve()] = path
+    named = []
+    for name, paths in by_name.items():
+        seen: Counter[str] = Counter()
+        for path in paths.values():
+            unique = name
+            if len(paths) > 1:
+                digest = _digest([path])[:16]
+                seen[digest] += 1
+                unique = f"{name}#{digest}" + (f"#{seen[digest]}" if seen[digest] > 1 else "")
+            named.append((unique, path))
+    return sorted(named)
 
 
 def _groups(files: list[tuple[str, Path]], size: int) -> Iterator[list[tuple[str, Path]]]:

@@ -159,19 +159,19 @@ def _json(file: BinaryIO, settings: ReadSettings) -> Iterator[Row]:
 
 def _csv(file: BinaryIO, path: Path, settings: ReadSettings) -> Iterator[Row]:
     csv.field_size_limit(max(settings.max_record_bytes, 1 << 17))
-    lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.DictReader(lines)
-    if reader.fieldnames and settings.column not in reader.fieldnames:
-        raise tables.missing_column(path, settings.column, reader.fieldnames)
-    while True:
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield reader.line_num, Bad("bad_row", str(error))
-            continue
-        yield reader.line_num, row
+    with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        reader = csv.DictReader(lines)
+        if reader.fieldnames and settings.column not in reader.fieldnames:
+            raise tables.missing_column(path, settings.column, reader.fieldnames)
+        while True:
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield reader.line_num, Bad("bad_row", str(error))
+                continue
+            yield reader.line_num, row
 
 
 def _txt(file: BinaryIO, settings: ReadSettings) -> Iterator[Row]:

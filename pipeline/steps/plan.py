@@ -6,7 +6,7 @@ a catalog is one measure and one preparation, and refuses any other by the name 
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from pipeline.io.blobs import LocalBlobs
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.records import Receipt, ShardRecord, canonical
 from pipeline.steps import layout
+from pipeline.steps.shard import sample_sizes
 from pipeline.types import SiteKey
 
 FORMAT = 1
@@ -49,14 +50,13 @@ def measure_fields(
         saes: by site.
         numerics: as from `io.device.configure`.
     """
-    kept = ("top", "random", "bands", "per_band", "silent", "seed")
     return {
         "format": FORMAT,
         "model": dict(model),
         "saes": {str(key): loaded.digest for key, loaded in saes.items()},
         "context_length": config.corpus.context_length,
         "masks": config.masks.model_dump(mode="json"),
-        "sampling": {key: getattr(config.sampling, key) for key in kept},
+        "sampling": asdict(sample_sizes(config.sampling)) | {"seed": config.sampling.seed},
         "batch_contexts": config.batch.contexts,
         "codes": config.codes,
         "numerics": dict(numerics),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline.compute.packing import Context, Packer
 from pipeline.config import CorpusConfig, ModelConfig
+from pipeline.errors import CorruptError
 from pipeline.io import tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.corpus import BadRecord, Document, Source, read
@@ -92,10 +93,12 @@ class Preparer:
         bad: list[BadRecord] = []
         counts: Counter[str] = Counter()
         shards: list[ShardRecord] = []
+        digests: dict[str, str] = {}
         num_tokens, complete = 0, True
         for contexts in self._shards(packer.pack(self._encoded(source, bad, counts))):
-            shard = self._write_shard(source.slice, contexts)
+            shard, sha256 = self._write_shard(source.slice, contexts)
             shards.append(shard)
+            digests[shard.shard_id] = sha256
             num_tokens += shard.num_tokens
             if corpus.max_tokens is not None and num_tokens >= corpus.max_tokens:
                 complete = False
@@ -110,6 +113,7 @@ class Preparer:
             content_sha256=source.digest,
             complete=complete,
             shards=tuple(shards),
+            files_sha256=digests,
             num_documents=counts["documents"],
             tokens_truncated=packer.tokens_truncated,
             dropped=dict(sorted(Counter(b.reason for b in bad).items())),
@@ -161,7 +165,7 @@ class Preparer:
         if shard:
             yield shard
 
-    def _write_shard(self, slice_name: str, contexts: list[Context]) -> ShardRecord:
+    def _write_shard(self, slice_name: str, contexts: list[Context]) -> tuple[ShardRecord, str]:
         columns = {
             "input_ids": [c.input_ids for c in contexts],
             "document_id": [c.document_ids for c in contexts],
@@ -169,16 +173,16 @@ class Preparer:
             "slice": [slice_name] * len(contexts),
         }
         shard_id = _content_id(columns)
-        key = layout.shard(self._settings.preparation_id, shard_id)
-        if not self._blobs.exists(key):
-            self._blobs.put(key, tables.to_bytes(tables.table(tables.SHARD, columns)))
-        return ShardRecord(
+        body = tables.to_bytes(tables.table(tables.SHARD, columns))
+        self._blobs.put(layout.shard(self._settings.preparation_id, shard_id), body)
+        record = ShardRecord(
             shard_id=shard_id,
             slice=slice_name,
             num_contexts=len(contexts),
             num_tokens=sum(len(c.input_ids) for c in contexts),
             num_documents=len({d for c in contexts for d in c.document_ids}),
         )
+        return record, hashlib.sha256(body).hexdigest()
 
 
 def _content_id(columns: Mapping[str, object]) -> str:
@@ -195,13 +199,18 @@ def stored_shard_id(path: Path) -> str:
 
 
 def find_source(blobs: LocalBlobs, preparation_id: str, source_id: str, max_tokens: int | None) -> SourceRecord | None:
-    """The record of an earlier preparation whose shards are all there, complete or cut at the same length."""
+    """The record of an earlier preparation whose files are all sound, complete or cut at the same length."""
     for name in (source_id, f"{source_id}-{max_tokens}"):
         key = layout.source(preparation_id, name)
-        if blobs.exists(key):
+        if not blobs.exists(key):
+            continue
+        try:
             record = SourceRecord.model_validate_json(blobs.get(key))
-            if all(blobs.exists(layout.shard(preparation_id, s.shard_id)) for s in record.shards):
+            files = record.files_sha256.items()
+            if all(blobs.digest(layout.shard(preparation_id, shard)) == sha256 for shard, sha256 in files):
                 return record
+        except (ValueError, CorruptError):  # what is damaged is prepared again
+            continue
     return None
 
 

@@ -132,14 +132,18 @@ class Draft:
             newest
             and json.loads(self._blobs.get(layout.snapshot(name, newest[0], "manifest.json")))["digest"] == digest
         ):
+            self._point_at(name, newest[0], digest)  # the run that published it may have died before it could
             return newest[0], digest, False
         number = self._reserve(name)
         for written in files:
             self._blobs.adopt(layout.snapshot(name, number, written), self._folder / written)
         manifest = {"catalog": name, "snapshot": number, "digest": digest, **content, **volatile}
         self._blobs.put(layout.snapshot(name, number, "manifest.json"), canonical(manifest))
-        self._blobs.put(layout.latest(name), canonical({"snapshot": number, "digest": digest}))
+        self._point_at(name, number, digest)
         return number, digest, True
+
+    def _point_at(self, name: str, number: int, digest: str) -> None:
+        self._blobs.put(layout.latest(name), canonical({"snapshot": number, "digest": digest}))
 
     def _reserve(self, name: str) -> int:
         """A number that no other run can get: numbers of runs that died are not used again."""
@@ -171,7 +175,9 @@ def merged_fit(blobs: LocalBlobs, site: int, receipts: Sequence[Receipt]) -> tup
     error, square, vector = (fixed.to_float(totals[f"fit_{n}"], fixed.SUM_SCALE) for n in ("error", "square", "vector"))
     num_tokens = max(int(totals["fit_tokens"][0]), 1)
     variance = square[0] - float(np.square(vector).sum()) / num_tokens
-    return totals["l0_histogram"], float(error[0] / variance) if variance > 0 else float("nan")
+    # Of tokens that hardly differ, what is left of the difference is rounding.
+    varies = variance > 1e-9 * square[0]
+    return totals["l0_histogram"], float(error[0] / variance) if varies else float("nan")
 
 
 def folder_of(blobs: LocalBlobs, name: str, number: int) -> Path:

@@ -21,12 +21,10 @@ from pipeline.io.store import FEATURE_CHUNK
 from pipeline.records import Receipt
 from pipeline.steps import layout
 from pipeline.steps.partial import RangeTask, opened
-from pipeline.steps.shard import sample_sizes
+from pipeline.steps.shard import LOW_OCTAVES, sample_sizes
 from pipeline.steps.spans import Ragged, SpanAddresses, attach, take_ranges
 from pipeline.types import SiteKey
 
-LOW_OCTAVES = 2
-"""`low_activating` draws from codes at least this many octaves below the maximum's."""
 QUANTILES = (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))
 
 
@@ -153,12 +151,13 @@ class Reducer:
     def _addresses(self, task: RangeTask, samples: Samples) -> SpanAddresses:
         """All spans of the range by feature (from 0), group and rank."""
         sampling = self._settings.sampling
-        slots = sampling.bands + 1
+        slots = samples.sizes.bands + 1
         bands = samples.bands.entries()
         band, feature = bands.group % slots, bands.group // slots
         low = bands.where(samples.octave[feature] - exponent_of(bands.value) >= LOW_OCTAVES)
         groups = [samples.top.entries(), samples.random.entries()]
-        groups += [_of_feature(bands.where(band == i), slots) for i in range(sampling.bands)]
+        for i in range(sampling.bands):
+            groups.append(_first(_of_feature(bands.where(band == i), slots), sampling.per_band))
         groups += [
             _first(_of_feature(low, slots), sampling.low_activating),
             _first(self._silent(task, samples), sampling.non_activating),

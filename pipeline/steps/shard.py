@@ -41,13 +41,18 @@ def shard_key(shard_id: str) -> int:
     return int(shard_id[:16], 16)
 
 
+LOW_OCTAVES = 2
+"""`low_activating` draws from codes at least this many octaves below the maximum's."""
+
+
 def sample_sizes(sampling: SamplingConfig) -> SampleSizes:
-    """The sizes that a partial keeps."""
+    """The sizes that a partial keeps: bands enough, and enough of each, to draw `low_activating` exactly."""
+    low = sampling.low_activating
     return SampleSizes(
         top=sampling.top,
         random=sampling.random,
-        bands=sampling.bands,
-        per_band=sampling.per_band,
+        bands=max(sampling.bands, LOW_OCTAVES if low else 0),
+        per_band=max(sampling.per_band, low),
         silent=sampling.silent,
     )
 
@@ -71,7 +76,7 @@ def load_saes(config: AnalyzeConfig) -> dict[SiteKey, LoadedSae]:
         if key in found:
             raise ConfigError(f"two SAEs are called {key.sae} at {key.hook_point}; give one another saes[].name")
         found[key] = loaded
-    return dict(sorted(found.items(), key=lambda item: (item[0].hook_point, item[0].sae)))
+    return dict(sorted(found.items(), key=lambda item: (str(item[0].hook_point), item[0].sae)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +165,7 @@ class Analyzer:
         return got, books
 
     def _check_finite(self, point: HookPoint, x: Tensor, batch: Batch) -> None:
-        if torch.isfinite(x).all():
+        if torch.isfinite(x.sum(dtype=torch.float32)):  # one pass; NaN and Inf survive a sum
             return
         real = torch.arange(x.shape[1])[None] < torch.from_numpy(batch.num_tokens)[:, None]
         broken = (~torch.isfinite(x).all(dim=2).cpu() & real).nonzero()
