@@ -207,12 +207,7 @@ def test_dead_features_score_nothing_and_come_last(name: Score) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(s, marks=pytest.mark.xfail(strict=True, reason="bug: surprise of an ever-firing feature is 0"))
-        if s == "surprise"
-        else s
-        for s in SCORES
-    ],
+    SCORES,
 )
 def test_a_feature_that_fires_on_every_token_still_ranks_before_a_dead_one(name: Score) -> None:
     assert ranks(score(columns_of([0, 10], num_tokens=10), name)).tolist() == [2, 1]

@@ -179,7 +179,6 @@ def test_drafts_are_not_listed_and_keys_come_sorted(tmp_path: Path) -> None:
     assert list(blobs.list("")) == ["a", "b/1/x", "b/10", "c/y"]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: sorted by parts of paths, which is not the order of keys")
 def test_keys_are_sorted_as_keys(tmp_path: Path) -> None:
     blobs = LocalBlobs(tmp_path)
     for key in ("r/a/b", "r/a-b"):
@@ -324,9 +323,7 @@ def damage(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list
     "part",
     [
         "entries",
-        pytest.param(
-            "contents", marks=pytest.mark.xfail(strict=True, reason="bug: a chunk renamed in the zip reads as zeros")
-        ),
+        "contents",
     ],
 )
 def test_no_flipped_bit_of_a_pack_reads_as_other_numbers(damage: dict[str, dict[str, list[int]]], part: str) -> None:
@@ -334,7 +331,6 @@ def test_no_flipped_bit_of_a_pack_reads_as_other_numbers(damage: dict[str, dict[
     assert sum(len(positions) for name, positions in damage[part].items() if name != "same") > 100
 
 
-@pytest.mark.xfail(strict=True, reason="bug: errors of zip and codecs pass through Pack as they are")
 def test_a_flipped_bit_of_a_pack_is_reported_as_corruption(damage: dict[str, dict[str, list[int]]]) -> None:
     assert set(damage["entries"]) <= {"same", "CorruptError"}
 
@@ -400,9 +396,7 @@ def test_tables_come_back_from_bytes_files_and_messages_in_bounded_row_groups(tm
     "part",
     [
         "pages",
-        pytest.param(
-            "footer", marks=pytest.mark.xfail(strict=True, reason="bug: types and row counts are not checked")
-        ),
+        "footer",
     ],
 )
 def test_no_flipped_bit_of_a_table_reads_as_other_values(tmp_path: Path, part: str) -> None:

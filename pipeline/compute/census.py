@@ -11,6 +11,7 @@ from pipeline.compute import fixed
 from pipeline.compute.codes import Codes, concatenate, empty
 from pipeline.compute.samples import Samples, SampleSizes
 from pipeline.compute.stats import FeatureStats
+from pipeline.errors import ShardError
 
 BLOCK_CODES = 1 << 20
 L0_BINS = 1025
@@ -76,7 +77,10 @@ class SiteCensus:
         whole = np.zeros(1, np.int64)
         for name, values in (("error", error), ("square", x)):
             # squares of float32 need 48 bits and their sum over D a few more: a single rounding at 53
-            sums = fixed.segment_sums(np.square(values).sum(axis=1), whole, fixed.SUM_SCALE)
+            squares = np.square(values).sum(axis=1)
+            if not fixed.headroom(squares, fixed.SUM_SCALE, len(squares)):
+                raise ShardError(f"activations of length {np.sqrt(squares.max()):g} are too large to be summed exactly")
+            sums = fixed.segment_sums(squares, whole, fixed.SUM_SCALE)
             self._fit[name] = fixed.add(self._fit[name], sums)
         columns = fixed.segment_sums(x.T.reshape(-1), np.arange(x.shape[1]) * len(x), fixed.SUM_SCALE)
         self._fit["vector"] = fixed.add(self._fit["vector"], columns)
@@ -113,7 +117,7 @@ class SiteCensus:
         self._samples.add(codes, seed=self._seed, shard_key=self._shard_key, counted_rows=rows)
         if self._keep_codes:
             self._all.append(codes)
-        self._evidence.append(_of_pairs(codes, self._kept_pairs(since=int(rows[0]) if len(rows) else 0)))
+        self._evidence.append(_of_pairs(codes, self._kept_pairs(since=int(rows.min(initial=(1 << 31) - 1)))))
         if sum(map(len, self._evidence)) > self._evidence_limit:
             self._compact()
             self._evidence_limit = max(self._evidence_limit, 2 * len(self._evidence[0]))

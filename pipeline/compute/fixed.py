@@ -60,6 +60,8 @@ def add(a: Limbs, b: Limbs) -> Limbs:
 
 def to_float(limbs: Limbs, scale: int) -> Float64[np.ndarray, " F"]:
     """The totals as float64: two roundings, relative error below 4e-16."""
-    return np.ldexp(limbs[:, 0].astype(np.float64), _LOW_BITS - scale) + np.ldexp(
-        limbs[:, 1].astype(np.float64), -scale
-    )
+    negative = limbs[:, 0] < 0  # read out the magnitude, or the two limbs would cancel
+    high = np.where(negative, -limbs[:, 0] - (limbs[:, 1] > 0), limbs[:, 0]).astype(np.float64)
+    low = np.where(negative, -limbs[:, 1] & _LOW_MASK, limbs[:, 1]).astype(np.float64)
+    size = np.ldexp(high, _LOW_BITS - scale) + np.ldexp(low, -scale)
+    return np.asarray(np.where(negative, -size, size))

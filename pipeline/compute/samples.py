@@ -185,6 +185,7 @@ class Samples:
         if self.sizes != other.sizes or len(self.octave) != len(other.octave):
             raise ValueError(f"cannot merge samples of {self.sizes} and {other.sizes}")
         merged = Samples.zero(len(self.octave), self.sizes)
+        merged.octave[:] = np.maximum(self.octave, other.octave)
         for part in (self, other):
             merged.top.put(part.top.entries())
             merged.random.put(part.random.entries())

@@ -29,7 +29,7 @@ def score(columns: Mapping[str, np.ndarray], name: Score) -> Float64[np.ndarray,
         case "surprise":
             bits = -np.log2(np.where(columns["count"] > 0, columns["frequency"], 1.0))
             belief = columns["count"] / (columns["count"] + _FEW)
-            return np.asarray(columns["mean_when_firing"] * bits * belief)
+            return np.asarray(columns["mean_when_firing"] * np.maximum(bits, 1e-9) * belief)
         case _:
             return columns[name].astype(np.float64)
 

@@ -93,9 +93,8 @@ class LocalBlobs:
     def list(self, prefix: str) -> Iterator[str]:
         """All keys under a folder, sorted."""
         folder = self.path(prefix)
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and not path.name.startswith(_DRAFT):
-                yield path.relative_to(self.root).as_posix()
+        files = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(_DRAFT))
+        yield from sorted(p.relative_to(self.root).as_posix() for p in files)
 
     def delete(self, key: str) -> None:
         """Remove a key if it is there."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pipeline.errors import SourceError
 from pipeline.io import embedded, tables
@@ -162,9 +163,9 @@ def _before_magic(parts: tuple[str, ...]) -> list[str]:
 def _download(url: str) -> tuple[str, Path]:
     import fsspec
 
-    name = url.rstrip("/").rsplit("/", 1)[-1]
+    name = urlsplit(url).path.rstrip("/").rsplit("/", 1)[-1]
+    format_of(Path(name))
     target = embedded.cache_dir() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
-    format_of(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{name}.draft")
     try:
@@ -178,21 +179,18 @@ def _download(url: str) -> tuple[str, Path]:
 
 
 def _distinct(files: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
-    """Files by name, each once; the digest of its content sets apart those of one name in several folders."""
-    by_name: dict[str, dict[Path, Path]] = {}
-    for name, path in files:
-        by_name.setdefault(name, {})[path.resolve()] = path
+    """Files by name, each once; a digest of its content sets apart those of one name in several folders."""
+    once = {path.resolve(): (name, path) for name, path in sorted(files, reverse=True)}
+    shared = Counter(name for name, _ in once.values())
+    seen: Counter[str] = Counter()
     named = []
-    for name, paths in by_name.items():
-        seen: Counter[str] = Counter()
-        for path in paths.values():
-            unique = name
-            if len(paths) > 1:
-                digest = _digest([path])[:16]
-                seen[digest] += 1
-                unique = f"{name}#{digest}" + (f"#{seen[digest]}" if seen[digest] > 1 else "")
-            named.append((unique, path))
-    return sorted(named)
+    for name, path in sorted(once.values()):
+        if shared[name] > 1:
+            name = f"{name}#{_digest([path])[:16]}"
+            seen[name] += 1
+            name += f"#{seen[name]}" if seen[name] > 1 else ""
+        named.append((name, path))
+    return named
 
 
 def _groups(files: list[tuple[str, Path]], size: int) -> Iterator[list[tuple[str, Path]]]:
@@ -247,7 +245,10 @@ def _dataset_rows(name: str, settings: ReadSettings) -> Iterator[Any]:
     names = loaded.column_names
     if names is not None and settings.column not in names:
         raise tables.missing_column(name, settings.column, names)
-    yield from loaded if names is None else loaded.select_columns([settings.column])
+    try:
+        yield from loaded if names is None else loaded.select_columns([settings.column])
+    except Exception as error:  # streaming reads the files only here
+        raise SourceError(f"corpus.source {name} cannot be read as a dataset: {error}") from error
 
 
 def _dataset_source(slice_name: str, name: str, settings: ReadSettings) -> Source:
@@ -265,10 +266,10 @@ def _dataset_source(slice_name: str, name: str, settings: ReadSettings) -> Sourc
 
 def _records(source: Source, name: str, rows: Iterable[Row], settings: ReadSettings) -> Iterator[Document | BadRecord]:
     keys: set[str] = set()
-    num_records = num_missing = 0
+    num_missing = num_with = 0
     for line, row in rows:
-        num_records += 1
         text = _text(row, settings)
+        num_with += isinstance(row, Mapping) and settings.column in row
         if isinstance(text, str):
             digest = hashlib.sha256(f"{source.slice}\0{name}\0{line}".encode())
             yield Document(digest.hexdigest()[:24], text)
@@ -277,7 +278,7 @@ def _records(source: Source, name: str, rows: Iterable[Row], settings: ReadSetti
             num_missing += 1
             keys.update(map(str, row))
         yield BadRecord(name, line, text.reason, text.detail)
-    if num_missing and num_missing == num_records:
+    if num_missing and not num_with:
         raise tables.missing_column(name, settings.column, keys)
 
 

@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +56,9 @@ def format_of(path: Path) -> str:
         SourceError: if it is none of `FORMATS`.
     """
     name = path.name.lower()
-    for packed in PACKED:
-        name = name.removesuffix(packed)
-    suffix = Path(name).suffix
-    if suffix not in FORMATS or (suffix in (".parquet", ".arrow") and path.suffix in PACKED):
+    packed = next((packing for packing in PACKED if name.endswith(packing)), "")
+    suffix = Path(name.removesuffix(packed)).suffix
+    if suffix not in FORMATS or (packed and suffix in (".parquet", ".arrow")):
         raise SourceError(
             f"corpus file {path} is of no known format; expected {', '.join(FORMATS)} (text formats also with "
             f"{' or '.join(PACKED)})"
@@ -86,22 +86,20 @@ def read_rows(path: Path, settings: ReadSettings) -> Iterator[Row]:
                 case ".jsonl":
                     yield from _jsonl(file, settings)
                 case ".json":
-                    yield from _json(file, settings)
+                    yield from _json(file, path, settings)
                 case ".csv":
                     yield from _csv(file, path, settings)
                 case _:
                     yield from _txt(file, settings)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise SourceError(f"corpus file {path} is damaged: {error}") from error
 
 
 def _opened(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]  # a GzipFile reads like any binary file
-    if path.suffix == ".zst":
-        import zstandard
-
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True))
+    if path.suffix.lower() == ".zst":
+        return io.BufferedReader(tables.zstd_stream(path))
     return path.open("rb")
 
 
@@ -139,28 +137,33 @@ def _parsed(text: str) -> Any:
         return Bad("empty")
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a bare ValueError
         return Bad("not_json", f"{error}: {text[:80]}")
 
 
-def _json(file: BinaryIO, settings: ReadSettings) -> Iterator[Row]:
+def _json(file: BinaryIO, path: Path, settings: ReadSettings) -> Iterator[Row]:
     """An array of records, an object that holds one, a single record, or (as is common) JSON lines."""
     body = file.read()
     try:
         whole = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError) as error:
+        first = body.lstrip().split(b"\n", 1)[0].decode(errors="replace")
+        if isinstance(error, ValueError) and first.startswith("[") and isinstance(_parsed(first), Bad):
+            raise SourceError(f"corpus file {path} is a damaged JSON array: {error}") from error
         yield from _jsonl(io.BytesIO(body), settings)
         return
     if isinstance(whole, Mapping) and settings.column not in whole:
-        lists = [value for value in whole.values() if isinstance(value, list)]
+        lists = [
+            value for value in whole.values() if isinstance(value, list) and all(isinstance(v, Mapping) for v in value)
+        ]
         whole = lists[0] if len(lists) == 1 else whole
     yield from enumerate(whole if isinstance(whole, list) else [whole])
 
 
 def _csv(file: BinaryIO, path: Path, settings: ReadSettings) -> Iterator[Row]:
-    csv.field_size_limit(max(settings.max_record_bytes, 1 << 17))
+    csv.field_size_limit((1 << 31) - 1)  # after a field too long the reader would go on in the middle of it
     with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        reader = csv.DictReader(lines)
+        reader = csv.DictReader(lines, strict=True)
         if reader.fieldnames and settings.column not in reader.fieldnames:
             raise tables.missing_column(path, settings.column, reader.fieldnames)
         while True:
@@ -169,7 +172,7 @@ def _csv(file: BinaryIO, path: Path, settings: ReadSettings) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield reader.line_num, Bad("bad_row", str(error))
+                yield reader.reader.line_num, Bad("bad_row", str(error))  # line_num is of the row before
                 continue
             yield reader.line_num, row
 

@@ -66,7 +66,7 @@ class Pack:
         try:
             self._store = ZipStore(path, mode="r")
             self._root = zarr.open_group(self._store, mode="r", zarr_format=3)
-        except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
+        except (OSError, zipfile.BadZipFile, EOFError, KeyError, ValueError, RuntimeError) as error:
             raise CorruptError(f"{path} is not a readable partial: {error}") from error
 
     def __enter__(self) -> "Pack":
@@ -82,10 +82,15 @@ class Pack:
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> np.ndarray:
         """An array `group/name`, or the half-open range of its first axis."""
-        found = self._root.get(name)
-        if not isinstance(found, zarr.Array):
-            raise CorruptError(f"the partial {self._store.path} has no array {name}")
-        return np.asarray(found[start:stop])
+        try:
+            found = self._root.get(name)
+            if isinstance(found, zarr.Array):
+                if found.nchunks_initialized != found.nchunks:  # Zarr reads a missing chunk as zeros
+                    raise CorruptError(f"the partial {self._store.path} lacks chunks of {name}")
+                return np.asarray(found[start:stop])
+        except (OSError, zipfile.BadZipFile, EOFError, KeyError, ValueError, RuntimeError) as error:
+            raise CorruptError(f"the partial {self._store.path} is damaged at {name}: {error}") from error
+        raise CorruptError(f"the partial {self._store.path} has no array {name}")
 
 
 def read_tree(path: Path, group: str) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """The door to pyarrow: Parquet with page checksums as bytes or files, and columns read back in batches."""
 
+import base64
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -119,9 +120,20 @@ def read(path: Path, columns: Sequence[str] | None = None, **options: Any) -> pa
         CorruptError: if it is not readable or a checksum differs.
     """
     try:
+        _check_footer(path)
         return pq.read_table(path, columns=columns, page_checksum_verification=True, **options)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:
         raise CorruptError(f"{path} cannot be read: {error}") from error
+
+
+def _check_footer(path: Path) -> None:
+    """Page checksums do not cover the footer: compare what it says twice."""
+    with pq.ParquetFile(path) as file:
+        facts = file.metadata
+        rows = sum(facts.row_group(i).num_rows for i in range(facts.num_row_groups))
+        stored = pa.ipc.read_schema(pa.py_buffer(base64.b64decode((facts.metadata or {}).get(b"ARROW:schema", b""))))
+        if rows != facts.num_rows or not file.schema_arrow.equals(stored):
+            raise ValueError("its footer contradicts itself")
 
 
 def ragged(data: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -157,15 +169,23 @@ def column_batches(path: Path, column: str) -> Iterator[list[Any]]:
         SourceError: if the file is not readable or lacks the column (the message names those it has).
     """
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             file = pq.ParquetFile(path)
             _require(path, column, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                yield batch.column(0).to_pylist()
+                yield _texts(batch.column(0))
         else:
             yield from _arrow_batches(path, column)
     except (OSError, pa.ArrowException) as error:
         raise SourceError(f"{path} is not a readable {path.suffix[1:]} file: {error}") from error
+
+
+def _texts(values: Any) -> list[Any]:
+    try:
+        return list(values.to_pylist())
+    except UnicodeDecodeError:  # what is not UTF-8 becomes a lone surrogate, one bad record each
+        raw = values.cast(pa.large_binary()).to_pylist()
+        return [v if v is None else v.decode(errors="surrogateescape") for v in raw]
 
 
 def _arrow_batches(path: Path, column: str) -> Iterator[list[Any]]:
@@ -178,12 +198,17 @@ def _arrow_batches(path: Path, column: str) -> Iterator[list[Any]]:
             reader = batches = pa.ipc.open_stream(source)
         _require(path, column, reader.schema.names)
         for batch in batches:
-            yield batch.column(column).to_pylist()
+            yield _texts(batch.column(column))
 
 
 def _require(path: Path, column: str, names: Sequence[str]) -> None:
     if column not in names:
         raise missing_column(path, column, names)
+
+
+def zstd_stream(path: Path) -> Any:
+    """The decompressed bytes of a zst file; a file that was cut raises OSError instead of ending early."""
+    return pa.input_stream(str(path), compression="zstd")
 
 
 def missing_column(path: Path | str, column: str, names: Iterable[str]) -> SourceError:
