@@ -1,5 +1,6 @@
 """`python -m jobs.analyze`: a model, SAEs and a corpus become a catalog; bare, it runs the embedded demo."""
 
+import re
 import sys
 
 from rich.console import Console
@@ -12,13 +13,14 @@ from pipeline.flows.analyze import Analysis, analyze
 from pipeline.flows.catalog import Catalog
 
 _BEST = 5
-_SPAN_WIDTH = 70
+_SPAN_WIDTH = 60
+_PLAIN_WIDTH = 116
 
 
 def job(config: AnalyzeConfig) -> int:
     """Run the flow and show what came out."""
     analysis = analyze(config)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     for row in sorted(analysis.catalog.best(1).to_pylist(), key=lambda row: (row["layer"], row["sae"])):
         console.print(best_table(analysis.catalog, row["hook_point"], row["sae"], num_features=_BEST))
     console.print(_summary(analysis), markup=False, highlight=False, soft_wrap=True)
@@ -34,7 +36,7 @@ def best_table(catalog: Catalog, hook_point: str, sae: str, num_features: int) -
     table = Table(title=f"{hook_point}  {sae}  by {score}", title_justify="left", expand=False)
     for name in ("rank", "feature", score, "fires on", "max"):
         table.add_column(name, justify="right")
-    table.add_column("strongest spans")
+    table.add_column("strongest spans", no_wrap=True)
     for row in catalog.best(num_features, hook_point, sae).to_pylist():
         spans = catalog.spans(hook_point, sae, row["feature_id"], ["top"]).slice(0, 2).to_pylist()
         text = Text("\n").join(_highlighted(span) for span in spans)
@@ -51,9 +53,11 @@ def best_table(catalog: Catalog, hook_point: str, sae: str, num_features: int) -
 
 def _highlighted(span: dict[str, object]) -> Text:
     tokens, peak = list(span["tokens"]), int(span["position"]) - int(span["start"])  # type: ignore[call-overload]  # rows are untyped
-    before = "".join(tokens[:peak]).replace("\n", "↩")[-_SPAN_WIDTH * 2 // 3 :]
-    after = "".join(tokens[peak + 1 :]).replace("\n", "↩")[: _SPAN_WIDTH // 3]
-    return Text.assemble(before, (tokens[peak].replace("\n", "↩"), "bold reverse"), after)
+    before, at, after = (
+        "".join(part).replace("\n", "↩") for part in (tokens[:peak], tokens[peak : peak + 1], tokens[peak + 1 :])
+    )
+    before, after = (re.sub(" {2,}", " ", text) for text in (before, after))
+    return Text.assemble(before[-_SPAN_WIDTH * 2 // 3 :], (f"«{at}»", "bold"), after[: _SPAN_WIDTH // 3])
 
 
 def _summary(analysis: Analysis) -> str:

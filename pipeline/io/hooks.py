@@ -121,9 +121,9 @@ class Captures:
         self._handles: list[Any] = []
 
     def __enter__(self) -> "Captures":
-        for point in self._points:
-            path, side = self._taps[point.stream]
-            module = self._blocks[point.layer].get_submodule(path)
+        taps = [(point, *self._taps[point.stream]) for point in self._points]
+        modules = [self._blocks[point.layer].get_submodule(path) for point, path, _ in taps]
+        for (point, _, side), module in zip(taps, modules, strict=True):
             if side == "in":
                 hook = module.register_forward_pre_hook(self._pre_hook(point), with_kwargs=True)
             else:

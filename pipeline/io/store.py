@@ -64,6 +64,8 @@ class Pack:
 
     def __init__(self, path: Path):
         try:
+            with zipfile.ZipFile(path) as archive:
+                self._names = set(archive.namelist())
             self._store = ZipStore(path, mode="r")
             self._root = zarr.open_group(self._store, mode="r", zarr_format=3)
         except (OSError, zipfile.BadZipFile, EOFError, KeyError, ValueError, RuntimeError) as error:
@@ -85,7 +87,9 @@ class Pack:
         try:
             found = self._root.get(name)
             if isinstance(found, zarr.Array):
-                if found.nchunks_initialized != found.nchunks:  # Zarr reads a missing chunk as zeros
+                # Zarr reads a missing chunk as zeros.
+                chunks = np.ndindex(*found.cdata_shape)
+                if not self._names.issuperset(f"{name}/c/{'/'.join(map(str, index))}" for index in chunks):
                     raise CorruptError(f"the partial {self._store.path} lacks chunks of {name}")
                 return np.asarray(found[start:stop])
         except (OSError, zipfile.BadZipFile, EOFError, KeyError, ValueError, RuntimeError) as error:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from pipeline.config import ClusterConfig
-from pipeline.errors import CensusError, ConfigError, ShardError, UserError
+from pipeline.errors import CensusError, ConfigError, UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -156,7 +156,7 @@ def _attempt(worker: Worker[Any, Any], task: Any) -> _Reply:
     except UserError as error:
         return _Reply(user_error=error)
     except Exception as error:  # noqa: BLE001  # whatever one task raises must not end the others
-        details = "" if isinstance(error, ShardError) else traceback.format_exc()
+        details = "" if isinstance(error, CensusError) else traceback.format_exc()
         return _Reply(kind=type(error).__name__, message=str(error) or repr(error), details=details)
 
 

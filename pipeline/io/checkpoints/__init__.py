@@ -67,9 +67,11 @@ def load_sae(
     where = hook_point or metadata.get("hook_name")
     if not where:
         raise CheckpointError(f"SAE {path} does not say where it belongs; give saes[].hook_point=blocks.<layer>.…")
-    digest = hashlib.sha256((folder / reader.CONFIG).read_bytes())
-    with weights.open("rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
+    digest = hashlib.sha256()
+    for name_of_file in reader.FILES:
+        if (folder / name_of_file).is_file():
+            with (folder / name_of_file).open("rb") as file:
+                digest.update(name_of_file.encode() + hashlib.file_digest(file, "sha256").digest())
     return LoadedSae(
         name=name or folder.name,
         hook_point=HookPoint.parse(where),
@@ -141,6 +143,9 @@ def _guarded(
 
 
 def _check_finite(folder: Path, sae: SparseAutoencoder) -> None:
-    for name in ("w_enc", "b_enc", "w_dec", "b_dec"):
-        if not torch.isfinite(getattr(sae, name)).all():
-            raise CheckpointError(f"the SAE in {folder} has NaN or infinite values in {name}")
+    holders = ((sae, ("w_enc", "b_enc", "w_dec", "b_dec")), (sae.gate, ("threshold", "b_gate", "b_mag", "r_mag")))
+    for holder, names in holders:
+        for name in names:
+            values = getattr(holder, name, None)
+            if values is not None and not torch.isfinite(values).all():
+                raise CheckpointError(f"the SAE in {folder} has NaN or infinite values in {name}")

@@ -16,7 +16,12 @@ from pipeline.compute.sae import Gate, Gated, JumpRelu, Relu, SparseAutoencoder,
 from pipeline.errors import CheckpointError
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
+SCALE = "activation_scaler.json"
+FILES = (CONFIG, WEIGHTS, SCALE)
+"""What decides an SAE; its digest is over those that are there."""
 _ARCHITECTURES = ("standard", "topk", "jumprelu", "batchtopk", "matryoshka_batchtopk", "gated")
+_BY_NORM = ("topk", "batchtopk", "matryoshka_batchtopk")
+"""Architectures that may treat their decoder as if its rows had length 1."""
 
 
 def detect(path: Path) -> bool:
@@ -34,8 +39,8 @@ def read(path: Path, tensors: Mapping[str, Tensor]) -> tuple[SparseAutoencoder, 
     Raises:
         CheckpointError: if a key or tensor is missing, or the SAE is of a kind that is not supported.
     """
-    config = _modern(json.loads((path / CONFIG).read_text()))
-    architecture = config["architecture"]
+    config = _modern(_json_object(path / CONFIG))
+    architecture = config.get("architecture")
     if architecture not in _ARCHITECTURES:
         raise CheckpointError(
             f"{path}: architecture {architecture!r} is not supported; expected one of {', '.join(_ARCHITECTURES)}"
@@ -44,30 +49,40 @@ def read(path: Path, tensors: Mapping[str, Tensor]) -> tuple[SparseAutoencoder, 
         raise CheckpointError(f"{path} holds a finetuned scaling_factor, which SAELens no longer defines")
     transform = config.get("normalize_activations") or "none"
     w_enc, b_enc, w_dec, b_dec = _weights(path, architecture, tensors)
+    scale = 1.0
     if transform == "expected_average_only_in":
         scale = _activation_scale(path)
         w_enc, w_dec, b_dec, transform = w_enc * scale, w_dec / scale, b_dec / scale, "none"
     if transform not in get_args(Transform):
         raise CheckpointError(f"{path}: normalize_activations {transform!r} is not supported")
     gate = _gate(path, architecture, config, tensors)
-    if isinstance(gate, TopK) and config.get("rescale_acts_by_decoder_norm"):
+    if architecture in _BY_NORM and config.get("rescale_acts_by_decoder_norm"):
         norms = w_dec.norm(dim=1)  # codes are selected and reported times the norm, decoded without it
         w_enc, b_enc, w_dec = w_enc * norms, b_enc * norms, w_dec / norms[:, None]
+        if isinstance(gate, JumpRelu):  # its threshold is in units of code times norm, which the scale divided
+            gate = JumpRelu(gate.threshold / scale)
     sae = SparseAutoencoder(
         w_enc=w_enc.contiguous(),
         b_enc=b_enc,
         w_dec=w_dec.contiguous(),
         b_dec=b_dec,
         gate=gate,
-        pre_bias=b_dec if config.get("apply_b_dec_to_input") else None,
+        pre_bias=b_dec if config.get("apply_b_dec_to_input", True) else None,
         transform=cast(Transform, transform),
     )
     return sae, config["metadata"]
 
 
+def _json_object(path: Path) -> dict[str, Any]:
+    value = json.loads(path.read_text())
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value
+
+
 def _modern(config: dict[str, Any]) -> dict[str, Any]:
     """The config in the layout of version 6: architecture keys on top, the rest under `metadata`."""
-    if "metadata" in config:
+    if isinstance(config.get("metadata"), dict):
         return config
     config = dict(config)
     renamed = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
@@ -75,7 +90,6 @@ def _modern(config: dict[str, Any]) -> dict[str, Any]:
         if old in config:
             config.setdefault(new, config.pop(old))
     config.setdefault("architecture", "standard")
-    config.setdefault("apply_b_dec_to_input", True)
     config.setdefault("prepend_bos", True)
     if config.get("activation_fn") == "topk":
         config["architecture"] = "topk"
@@ -89,17 +103,27 @@ def _modern(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"metadata": {key: config[key] for key in metadata if key in config}}
 
 
-def _tensor(path: Path, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+def _tensor(path: Path, tensors: Mapping[str, Tensor], name: str, num_features: int | None = None) -> Tensor:
+    """A tensor of the checkpoint; with `num_features`, one number for each feature."""
     if name not in tensors:
         raise CheckpointError(f"{path / WEIGHTS} has no tensor {name!r}; it has {', '.join(sorted(tensors))}")
-    return tensors[name]
+    tensor = tensors[name]
+    if num_features is None:
+        return tensor
+    if tensor.numel() == 1:
+        return tensor.reshape(1).expand(num_features).contiguous()
+    if tensor.shape != (num_features,):
+        raise CheckpointError(
+            f"{path / WEIGHTS}: {name} {tuple(tensor.shape)} does not fit; expected {(num_features,)}"
+        )
+    return tensor
 
 
 def _weights(path: Path, architecture: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     w_enc, w_dec, b_dec = (_tensor(path, tensors, name) for name in ("W_enc", "W_dec", "b_dec"))
-    b_enc = torch.zeros(w_enc.shape[-1]) if architecture == "gated" else _tensor(path, tensors, "b_enc")
-    expected = (w_enc.shape[0], w_enc.shape[-1])
-    if w_enc.ndim != 2 or w_dec.shape != expected[::-1] or b_enc.shape != expected[1:] or len(b_dec) != expected[0]:
+    b_enc = torch.zeros(w_enc.shape[-1:]) if architecture == "gated" else _tensor(path, tensors, "b_enc")
+    width, num_features = w_enc.shape if w_enc.ndim == 2 else (-1, -1)
+    if (w_dec.shape, b_enc.shape, b_dec.shape) != ((num_features, width), (num_features,), (width,)):
         raise CheckpointError(
             f"{path / WEIGHTS}: W_enc {tuple(w_enc.shape)}, b_enc {tuple(b_enc.shape)}, W_dec {tuple(w_dec.shape)}, "
             f"b_dec {tuple(b_dec.shape)} do not fit; expected (D, F), (F,), (F, D), (D,)"
@@ -117,27 +141,26 @@ def _gate(path: Path, architecture: str, config: dict[str, Any], tensors: Mappin
                 raise CheckpointError(f"{path / CONFIG} is of a topk SAE but gives k as {config.get('k')!r}")
             return TopK(config["k"])
         case "gated":
-            b_gate, b_mag, r_mag = (_tensor(path, tensors, name) for name in ("b_gate", "b_mag", "r_mag"))
-            return Gated(b_gate, b_mag, r_mag)
+            return Gated(*(_tensor(path, tensors, name, num_features) for name in ("b_gate", "b_mag", "r_mag")))
         case _:
-            if "log_threshold" in tensors:
-                threshold = tensors["log_threshold"].exp()
-            elif "topk_threshold" in tensors:
-                threshold = tensors["topk_threshold"]
-            else:
-                threshold = _tensor(path, tensors, "threshold")
-            threshold = threshold.expand(num_features).contiguous()
+            name = next((n for n in ("log_threshold", "topk_threshold") if n in tensors), "threshold")
+            threshold = _tensor(path, tensors, name, num_features)
+            if name == "log_threshold":
+                threshold = threshold.exp()
             if bool((threshold < 0).any()):
                 raise CheckpointError(f"{path}: a threshold is below 0; was the SAE trained to the end?")
             return JumpRelu(threshold)
 
 
 def _activation_scale(path: Path) -> float:
-    file = path / "activation_scaler.json"
+    file = path / SCALE
     if not file.is_file():
         raise CheckpointError(
             f"{path} expects activations scaled by a factor that it does not hold "
-            "(normalize_activations: expected_average_only_in); put it into activation_scaler.json as "
+            f"(normalize_activations: expected_average_only_in); put it into {SCALE} as "
             '{"scaling_factor": …} or fold it into the weights'
         )
-    return float(json.loads(file.read_text())["scaling_factor"])
+    scale = _json_object(file).get("scaling_factor")
+    if not isinstance(scale, int | float) or not scale > 0:
+        raise CheckpointError(f"{file} gives scaling_factor as {scale!r}; expected a number above 0")
+    return float(scale)
