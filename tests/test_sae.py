@@ -195,9 +195,10 @@ def test_a_jumprelu_code_is_strictly_above_its_threshold_and_above_zero():
     assert set(sae.encode(random_x()).feature.tolist()) == {1}
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("gate", GATES)
-def test_half_precision_activations_are_encoded_in_float32(gate):
-    sae, x = random_sae(gate), random_x()
+def test_half_precision_activations_are_encoded_in_float32(gate, transform):
+    sae, x = random_sae(gate, transform), random_x()
     for dtype in (torch.bfloat16, torch.float16):
         half = x.to(dtype)
         codes = sae.encode(half)
@@ -218,7 +219,7 @@ def test_first_row_moves_the_rows_and_nothing_else(transform):
 
 
 def test_batches_give_the_codes_that_the_whole_gives():
-    sae, x = random_sae("jumprelu"), random_x()
+    sae, x = random_sae("jumprelu", "layer_norm"), random_x()
     parts = [dense(sae.encode(x[:2]), 2), dense(sae.encode(x[2:]), B - 2)]
     np.testing.assert_allclose(np.concatenate(parts), dense(sae.encode(x)), rtol=1e-5, atol=1e-6)
 

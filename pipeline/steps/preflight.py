@@ -128,6 +128,8 @@ def complaints(fits: Sequence[Fit], saes: Mapping[SiteKey, LoadedSae], bos: bool
                 f"{fit.site}: the fit is {word}: FVU {fit.fvu:.3f} (expected below {POOR_FVU}), L0 {fit.l0:.1f}, "
                 f"|reconstruction| / |x| {fit.norm_ratio:.2f}; check model, hook point and activation scale"
             )
+        if (metadata.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"):
+            found.append(f"{fit.site}: trained on a model with centred weights, which this one has not")
         trained = metadata.get("prepend_bos")
         if isinstance(trained, bool) and trained != bos:
             rule = "always" if trained else "never"

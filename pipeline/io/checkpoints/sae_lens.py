@@ -45,6 +45,8 @@ def read(path: Path, tensors: Mapping[str, Tensor]) -> tuple[SparseAutoencoder, 
         raise CheckpointError(
             f"{path}: architecture {architecture!r} is not supported; expected one of {', '.join(_ARCHITECTURES)}"
         )
+    if config["metadata"].get("hook_head_index") is not None:
+        raise CheckpointError(f"{path} reads one attention head (hook_head_index), which is not supported")
     if not torch.all(tensors.get("scaling_factor", torch.ones(1)) == 1):
         raise CheckpointError(f"{path} holds a finetuned scaling_factor, which SAELens no longer defines")
     transform = config.get("normalize_activations") or "none"
@@ -85,7 +87,11 @@ def _modern(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(config.get("metadata"), dict):
         return config
     config = dict(config)
-    renamed = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
+    renamed = {
+        "hook_point": "hook_name",
+        "activation_fn_str": "activation_fn",
+        "hook_point_head_index": "hook_head_index",
+    }
     for old, new in renamed.items():
         if old in config:
             config.setdefault(new, config.pop(old))
@@ -99,7 +105,9 @@ def _modern(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(config.get("normalize_activations"), bool):
         scaled = config["normalize_activations"]
         config["normalize_activations"] = "expected_average_only_in" if scaled else "none"
-    metadata = ("model_name", "hook_name", "prepend_bos", "context_size", "dataset_path")
+    metadata = (
+        "model_name", "hook_name", "hook_head_index", "prepend_bos", "context_size", "model_from_pretrained_kwargs"
+    )  # fmt: skip
     return config | {"metadata": {key: config[key] for key in metadata if key in config}}
 
 
