@@ -4,7 +4,9 @@ A GGUF file is converted once into a directory of safetensors in the cache, so t
 memory map. No pickle is loaded and no remote code runs unless `trust_remote_code` says so.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -75,7 +77,8 @@ def _convert_gguf(path: Path) -> Path:
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        with contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         # The loader leaves the quantisation's description in the config, and then refuses to save itself.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -83,11 +86,9 @@ def _convert_gguf(path: Path) -> Path:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         draft.replace(target)
-    except OSError:
+    except Exception as error:  # parsers, disks and the rename each have errors of their own
         if not target.exists():  # another process may have finished the same conversion first
-            raise
-    except Exception as error:
-        raise CheckpointError(f"{path} could not be converted from GGUF: {error}") from error
+            raise CheckpointError(f"{path} could not be converted from GGUF: {_first_line(error)}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return target
