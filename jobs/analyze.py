@@ -13,7 +13,7 @@ from pipeline.flows.analyze import Analysis, analyze
 from pipeline.flows.catalog import Catalog
 
 _BEST = 5
-_SPAN_WIDTH = 60
+_SPAN_WIDTH = 54
 _PLAIN_WIDTH = 116
 
 
@@ -35,7 +35,7 @@ def best_table(catalog: Catalog, hook_point: str, sae: str, num_features: int) -
     score = catalog.manifest["ranking"]["score"]
     table = Table(title=f"{hook_point}  {sae}  by {score}", title_justify="left", expand=False)
     for name in ("rank", "feature", score, "fires on", "max"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True, min_width=max(len(name), 5))
     table.add_column("strongest spans", no_wrap=True)
     for row in catalog.best(num_features, hook_point, sae).to_pylist():
         spans = catalog.spans(hook_point, sae, row["feature_id"], ["top"]).slice(0, 2).to_pylist()
