@@ -9,7 +9,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 Source = str | tuple[str, ...]
-EMBEDDED_TEXTS: dict[str, Source] = {name: f"embedded:{name}" for name in ("docs", "code", "prose")}
 
 
 class _Config(BaseModel):
@@ -49,8 +48,9 @@ class SaeConfig(_Config):
 class CorpusConfig(_Config):
     """The text."""
 
-    source: Source | dict[str, Source] = EMBEDDED_TEXTS
-    """Files (globs), a URL, or a dataset id or directory; one, many, or a mapping slice name -> source."""
+    source: Source | dict[str, Source] = "embedded:texts"
+    """Files (globs), a URL, or a dataset id or directory; one, many, or a mapping slice name -> source.
+    embedded:texts stands for the slices docs, code and prose."""
     column: str = "text"
     """The field that holds the text."""
     split: str = "train"

@@ -210,6 +210,14 @@ def test_multirun_makes_one_catalog_for_each_choice(run: Run, base: list[str], t
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
 
 
+@pytest.mark.parametrize("source", ["{one: [%s/notes.jsonl], two: %s/prose.jsonl}", "[%s/notes.jsonl, %s/prose.jsonl]"])
+def test_sources_may_be_many_or_named(run: Run, base: list[str], corpus_dir: Path, tmp_path: Path, source: str) -> None:
+    code, _, err = run("analyze", *base, "corpus.source=" + source.replace("%s", str(corpus_dir)), "preflight=off")
+    assert code == 0, err
+    slices = Catalog(tmp_path / "runs", "mine").manifest["coverage"]["slices"]
+    assert sorted(slices) == (["one", "two"] if source.startswith("{") else ["all"])
+
+
 def test_events_of_a_run_are_json_lines(run: Run, base: list[str], tmp_path: Path) -> None:
     run("analyze", *base)
     lines = next(tmp_path.glob("runs/measures/*/events/*.jsonl")).read_text().splitlines()

@@ -91,6 +91,8 @@ def find_config_sources(config: AnalyzeConfig) -> list[Source]:
         SourceError: if one is not there.
     """
     source = config.corpus.source
+    if source == embedded.PREFIX + "texts":
+        source = {name: embedded.PREFIX + name for name in embedded.SLICES}
     num_embedded = str(source).count(embedded.PREFIX)
     return find_sources(
         source,
