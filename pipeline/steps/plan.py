@@ -99,7 +99,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def find_receipt(blobs: LocalBlobs, measure_id: str, shard: ShardRecord) -> Receipt | None:
-    """The receipt of a shard if its partial is sound; one that is not is removed, so that the shard is redone."""
+    """The receipt of a shard if its partial is sound, else None: then the shard is to be analysed (again)."""
     key = layout.receipt(measure_id, shard.shard_id)
     if not blobs.exists(key):
         return None
@@ -110,10 +110,7 @@ def find_receipt(blobs: LocalBlobs, measure_id: str, shard: ShardRecord) -> Rece
             sound = sound and blobs.digest(part.key) == part.sha256
     except (ValueError, CorruptError):
         sound = False
-    if not sound:
-        blobs.delete(key)
-        return None
-    return receipt
+    return receipt if sound else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -112,7 +112,7 @@ def attach(
         feature and group has the same tokens around its peak.
     """
     num = len(addresses.row)
-    starts, stops, lengths = (np.zeros(num, np.int64) for _ in range(3))
+    starts, stops = np.zeros(num, np.int64), np.zeros(num, np.int64)
     slices, documents = np.empty(num, object), np.empty(num, object)
     ids: list[Int32[np.ndarray, " W"]] = [np.zeros(0, np.int32)] * num
     near = np.full((num, sum(_NEAR)), -1, np.int32)
