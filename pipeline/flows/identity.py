@@ -13,7 +13,7 @@ from pipeline.io.model import ModelFacts, Tokenizer, choose_device, choose_dtype
 from pipeline.records import digest_of
 from pipeline.steps import plan
 from pipeline.steps.prepare import preparation_fields, read_settings
-from pipeline.steps.shard import load_saes
+from pipeline.steps.reader import load_saes
 from pipeline.types import SiteKey
 
 _CHARS_PER_TOKEN = 3.6
@@ -55,7 +55,7 @@ def identify(config: AnalyzeConfig) -> Identity:
     model = config.model
     chosen = choose_device(model.device)
     facts = model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code)
-    saes = load_saes(config)
+    saes = load_saes(config.saes)
     for key, loaded in saes.items():
         check_point(key.hook_point, facts.taps, facts.num_layers)
         if key.hook_point.stream.startswith("resid") and loaded.sae.width != facts.d_model:

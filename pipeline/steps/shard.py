@@ -24,10 +24,10 @@ from pipeline.config import AnalyzeConfig, SamplingConfig
 from pipeline.errors import ConfigError, ShardError
 from pipeline.io import device, store, tables
 from pipeline.io.blobs import LocalBlobs
-from pipeline.io.checkpoints import LoadedSae, load_sae
-from pipeline.io.model import LanguageModel, Tokenizer, choose_device, choose_dtype
+from pipeline.io.model import choose_device
 from pipeline.records import Part, Receipt, ShardRecord
 from pipeline.steps import layout
+from pipeline.steps.reader import Reader
 from pipeline.types import HookPoint, SiteKey
 
 
@@ -57,28 +57,6 @@ def sample_sizes(sampling: SamplingConfig) -> SampleSizes:
     )
 
 
-def load_saes(config: AnalyzeConfig) -> dict[SiteKey, LoadedSae]:
-    """The SAEs of a config by site, sorted by site.
-
-    Raises:
-        ConfigError: if two have the same name at the same hook point.
-    """
-    found: dict[SiteKey, LoadedSae] = {}
-    for chosen in config.saes:
-        loaded = load_sae(
-            chosen.path,
-            hook_point=chosen.hook_point,
-            format_name=chosen.format,
-            name=chosen.name,
-            revision=chosen.revision,
-        )
-        key = SiteKey(loaded.hook_point, loaded.name)
-        if key in found:
-            raise ConfigError(f"two SAEs are called {key.sae} at {key.hook_point}; give one another saes[].name")
-        found[key] = loaded
-    return dict(sorted(found.items(), key=lambda item: (str(item[0].hook_point), item[0].sae)))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Contexts of one forward pass, padded to full shape."""
@@ -99,35 +77,16 @@ class Analyzer:
         mine = device.configure(config.cluster.threads_per_worker, chosen)
         if mine != numerics:
             raise ConfigError(f"this worker computes with {mine}, but the run was planned with {numerics}")
-        model = config.model
-        self._tokenizer = Tokenizer(model.id, model.revision, trust_remote_code=model.trust_remote_code)
-        self._model = LanguageModel(
-            model.id,
-            model.revision,
-            dtype=choose_dtype(model.dtype, chosen),
-            device=chosen,
-            trust_remote_code=model.trust_remote_code,
-        )
-        self.saes = {key: loaded.sae.to(chosen) for key, loaded in load_saes(config).items()}
-        self.points = sorted({key.hook_point for key in self.saes})
-        self._check_widths()
-        self._model.drop_above(max(point.layer for point in self.points))
-
-    def _check_widths(self) -> None:
-        widths = self._model.widths(self.points)
-        for key, sae in self.saes.items():
-            if sae.width != widths[key.hook_point]:
-                raise ConfigError(
-                    f"SAE {key.sae} is {sae.width} wide, but {key.hook_point} of {self._config.model.id} is "
-                    f"{widths[key.hook_point]} wide; is this the SAE of another model or hook point?"
-                )
+        self._reader = Reader(config.model, config.saes)
+        self._reader.drop_above()
+        self.saes, self.points = self._reader.saes, self._reader.points
 
     def batches(self, contexts: Sequence[Sequence[int]]) -> Iterator[Batch]:
         """The fixed batch grid: contexts in order, the last batch padded to full shape."""
         num_rows, shape = self._config.batch.contexts, self._config.corpus.context_length
         for first in range(0, len(contexts), num_rows):
             rows = contexts[first : first + num_rows]
-            input_ids = np.full((num_rows, shape), self._tokenizer.pad_id, np.int64)
+            input_ids = np.full((num_rows, shape), self._reader.tokenizer.pad_id, np.int64)
             for row, ids in enumerate(rows):
                 input_ids[row, : len(ids)] = ids
             lengths = np.array([*map(len, rows), *[0] * (num_rows - len(rows))], np.int64)
@@ -149,12 +108,11 @@ class Analyzer:
         rules = masks.token_rules(
             batch.input_ids,
             batch.num_tokens,
-            special_ids=self._tokenizer.special_ids if chosen.special_tokens else (),
+            special_ids=self._reader.tokenizer.special_ids if chosen.special_tokens else (),
             first_positions=chosen.first_positions,
             positions=chosen.positions,
         )
-        with self._model.captures(self.points) as captures:
-            got = self._model.run(captures, torch.from_numpy(batch.input_ids))
+        got = self._reader.activations(torch.from_numpy(batch.input_ids))
         books = {}
         for point, x in got.items():
             self._check_finite(point, x, batch)

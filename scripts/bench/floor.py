@@ -26,7 +26,8 @@ from pipeline.flows.identity import find_config_sources, identify
 from pipeline.io import device
 from pipeline.io.model import LanguageModel
 from pipeline.steps.prepare import Preparer, PrepareSettings
-from pipeline.steps.shard import Analyzer, load_saes
+from pipeline.steps.reader import load_saes
+from pipeline.steps.shard import Analyzer
 
 PROGRAMS = ("bare", "tuned", "census")
 K = 32
@@ -58,7 +59,7 @@ def bare(config: AnalyzeConfig, tokens: int, *, tuned: bool) -> tuple[int, float
         device.configure(config.cluster.threads_per_worker, cpu)
     torch.set_num_threads(config.cluster.threads_per_worker)
     dtype = getattr(torch, config.model.dtype)
-    saes = {key.hook_point: loaded.sae for key, loaded in load_saes(config).items()}
+    saes = {key.hook_point: loaded.sae for key, loaded in load_saes(config.saes).items()}
     weights = {p: s.w_enc.T.contiguous().to(dtype) for p, s in saes.items()}
     biases = {p: (s.b_enc - s.b_dec @ s.w_enc).to(dtype) for p, s in saes.items()}
     model = LanguageModel(config.model.id, dtype=dtype, device=cpu)

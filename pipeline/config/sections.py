@@ -1,21 +1,19 @@
-"""The whole config of a job as frozen values: every key, its default and its meaning, in one place.
-
-Keys under `cluster` and `store`, and `preflight`, decide where and how work is done; all others can decide
-numbers and are part of an identity (`pipeline.steps.plan`).
-"""
+"""The sections that jobs share: every key, its default and its meaning."""
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 Source = str | tuple[str, ...]
 
 
-class _Config(BaseModel):
+class Section(BaseModel):
+    """A frozen part of a config; unknown keys are errors."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class ModelConfig(_Config):
+class ModelConfig(Section):
     """The language model."""
 
     id: str = "embedded:model"
@@ -30,7 +28,7 @@ class ModelConfig(_Config):
     """Run model code from the hub. Off unless you have read that code."""
 
 
-class SaeConfig(_Config):
+class SaeConfig(Section):
     """One sparse autoencoder."""
 
     path: str
@@ -45,7 +43,7 @@ class SaeConfig(_Config):
     """Commit, tag or branch of a hub id."""
 
 
-class CorpusConfig(_Config):
+class CorpusConfig(Section):
     """The text."""
 
     source: Source | dict[str, Source] = "embedded:texts"
@@ -83,7 +81,7 @@ class CorpusConfig(_Config):
     """About how much of the embedded texts to take."""
 
 
-class MasksConfig(_Config):
+class MasksConfig(Section):
     """Tokens that the census passes over; each rule's exclusions are counted."""
 
     special_tokens: bool = True
@@ -96,7 +94,7 @@ class MasksConfig(_Config):
     """Tokens whose activation norm exceeds this many times the median of their context (attention sinks)."""
 
 
-class SamplingConfig(_Config):
+class SamplingConfig(Section):
     """What is kept of every feature."""
 
     top: int = Field(default=20, ge=0)
@@ -124,21 +122,21 @@ class SamplingConfig(_Config):
 Score = Literal["frequency", "mean", "max", "mean_when_firing", "mean_x_coverage", "surprise"]
 
 
-class RankingConfig(_Config):
+class RankingConfig(Section):
     """How features are ordered within their SAE."""
 
     score: Score = "mean_x_coverage"
     """As pipeline.compute.scores defines them; surprise favours strong, rare and yet well-attested features."""
 
 
-class BatchConfig(_Config):
+class BatchConfig(Section):
     """The fixed grid of forward passes."""
 
     contexts: PositiveInt = 32
     """Contexts of one forward pass; part of the measure, because it decides the last bits."""
 
 
-class ClusterConfig(_Config):
+class ClusterConfig(Section):
     """Who does the work. Of these only threads_per_worker can change a bit of the result."""
 
     executor: Literal["auto", "inline", "ray"] = "auto"
@@ -157,14 +155,14 @@ class ClusterConfig(_Config):
     """A task that takes longer is taken from its worker; null: 20 x the median so far, at least 300 s."""
 
 
-class StoreConfig(_Config):
+class StoreConfig(Section):
     """Where everything is kept."""
 
     root: str = "runs"
     """A local directory."""
 
 
-class CatalogConfig(_Config):
+class CatalogConfig(Section):
     """What readers will find."""
 
     name: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -172,46 +170,3 @@ class CatalogConfig(_Config):
 
 
 EMBEDDED_SAES = (SaeConfig(path="embedded:resid_post_7"), SaeConfig(path="embedded:resid_post_15"))
-
-
-class AnalyzeConfig(_Config):
-    """`jobs.analyze`: a model, SAEs and a corpus become a catalog."""
-
-    model: ModelConfig = ModelConfig()
-    saes: tuple[SaeConfig, ...] = EMBEDDED_SAES
-    corpus: CorpusConfig = CorpusConfig()
-    masks: MasksConfig = MasksConfig()
-    sampling: SamplingConfig = SamplingConfig()
-    ranking: RankingConfig = RankingConfig()
-    batch: BatchConfig = BatchConfig()
-    cluster: ClusterConfig = ClusterConfig()
-    store: StoreConfig = StoreConfig()
-    catalog: CatalogConfig = CatalogConfig()
-    codes: Literal["drop", "keep"] = "drop"
-    """keep: store every code of every shard beside its partial."""
-    preflight: Literal["warn", "refuse", "off"] = "warn"
-    """What a poor fit of model, SAE, hook point and text does, before the hours are spent."""
-
-    @field_validator("saes")
-    @classmethod
-    def _some(cls, saes: tuple[SaeConfig, ...]) -> tuple[SaeConfig, ...]:
-        if not saes:
-            raise ValueError("expected at least one SAE")
-        return saes
-
-    @model_validator(mode="after")
-    def _positions_exist(self) -> "AnalyzeConfig":
-        last = self.corpus.context_length - 1
-        if self.masks.first_positions > last or any(not 0 <= p <= last for p in self.masks.positions):
-            raise ValueError(f"masks name positions outside a context, which has 0 to {last}")
-        return self
-
-
-class VerifyConfig(_Config):
-    """`jobs.verify`: every receipt against its bytes."""
-
-    store: StoreConfig = StoreConfig()
-    recompute: int = Field(default=0, ge=0)
-    """Also analyse this many hash-random shards of each measure again and compare digests."""
-    seed: int = 0
-    """Chooses those shards."""
