@@ -41,13 +41,13 @@ def main(name: str, model: type[Config], job: Callable[[Config], int]) -> None:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def run(composed: DictConfig) -> None:
         # Guarded inside, too: Hydra would add lines of its own to an error that passes through it.
-        codes.append(_guarded(lambda: job(validate(model, composed)), model))
+        codes.append(guarded(lambda: job(validate(model, composed)), model))
 
     def all_runs() -> int:
         run()
         return max(codes, default=DONE)
 
-    sys.exit(_guarded(all_runs, model))
+    sys.exit(guarded(all_runs, model))
 
 
 def validate(model: type[Config], composed: DictConfig) -> Config:
@@ -60,10 +60,11 @@ def validate(model: type[Config], composed: DictConfig) -> Config:
     try:
         return model.model_validate(plain)
     except ValidationError as error:
-        raise UserError(_sentence(model, error)) from error
+        raise UserError(sentence(model, error)) from error
 
 
-def _guarded(run: Callable[[], int], model: type[BaseModel]) -> int:
+def guarded(run: Callable[[], int], model: type[BaseModel]) -> int:
+    """The exit code of a run; what it raises becomes one line on stderr. `model` knows the keys a user may mean."""
     try:
         return run()
     except UserError as error:
@@ -81,7 +82,8 @@ def _say(text: str, code: int) -> int:
     return code
 
 
-def _sentence(model: type[BaseModel], error: ValidationError) -> str:
+def sentence(model: type[BaseModel], error: ValidationError) -> str:
+    """What is wrong with the first wrong key."""
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":

@@ -1,6 +1,5 @@
 """`python -m jobs.analyze`: a model, SAEs and a corpus become a catalog; bare, it runs the embedded demo."""
 
-import re
 import sys
 
 from rich.console import Console
@@ -8,19 +7,19 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs import _main
+from jobs._show import PLAIN_WIDTH, highlighted
 from pipeline.config import AnalyzeConfig
 from pipeline.flows.analyze import Analysis, analyze
 from pipeline.flows.catalog import Catalog
 
 _BEST = 5
 _SPAN_WIDTH = 54
-_PLAIN_WIDTH = 116
 
 
 def job(config: AnalyzeConfig) -> int:
     """Run the flow and show what came out."""
     analysis = analyze(config)
-    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     for row in sorted(analysis.catalog.best(1).to_pylist(), key=lambda row: (row["layer"], row["sae"])):
         console.print(best_table(analysis.catalog, row["hook_point"], row["sae"], num_features=_BEST))
     console.print(_summary(analysis), markup=False, highlight=False, soft_wrap=True)
@@ -39,7 +38,9 @@ def best_table(catalog: Catalog, hook_point: str, sae: str, num_features: int) -
     table.add_column("strongest spans", no_wrap=True)
     for row in catalog.best(num_features, hook_point, sae).to_pylist():
         spans = catalog.spans(hook_point, sae, row["feature_id"], ["top"]).slice(0, 2).to_pylist()
-        text = Text("\n").join(_highlighted(span) for span in spans)
+        text = Text("\n").join(
+            highlighted(span["tokens"], span["position"] - span["start"], _SPAN_WIDTH) for span in spans
+        )
         numbers = (
             row["rank"],
             row["feature_id"],
@@ -49,15 +50,6 @@ def best_table(catalog: Catalog, hook_point: str, sae: str, num_features: int) -
         )
         table.add_row(*map(str, numbers), text)
     return table
-
-
-def _highlighted(span: dict[str, object]) -> Text:
-    tokens, peak = list(span["tokens"]), int(span["position"]) - int(span["start"])  # type: ignore[call-overload]  # rows are untyped
-    before, at, after = (
-        "".join(part).replace("\n", "↩") for part in (tokens[:peak], tokens[peak : peak + 1], tokens[peak + 1 :])
-    )
-    before, after = (re.sub(" {2,}", " ", text) for text in (before, after))
-    return Text.assemble(before[-_SPAN_WIDTH * 2 // 3 :], (f"«{at}»", "bold"), after[: _SPAN_WIDTH // 3])
 
 
 def _summary(analysis: Analysis) -> str:

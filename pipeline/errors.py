@@ -13,6 +13,18 @@ class ConfigError(UserError):
     """A key of the config is unknown, missing or out of range."""
 
 
+class RequestError(UserError):
+    """A field of a request cannot be answered; `unknown` if it names something that is not there."""
+
+    def __init__(self, message: str, field: str = "", *, unknown: bool = False):
+        super().__init__(message)
+        self.field, self.unknown = field, unknown
+
+
+class DeadlineError(CensusError):
+    """The time allowed for an answer is over."""
+
+
 class SourceError(UserError):
     """A corpus source cannot be read as what it claims to be."""
 

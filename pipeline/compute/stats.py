@@ -143,14 +143,15 @@ def deviation(stats: FeatureStats, num_tokens: int) -> Float64[np.ndarray, " F"]
     return np.asarray(np.sqrt(np.maximum(square - mean(stats, num_tokens) ** 2, 0)))
 
 
-def quantile(stats: FeatureStats, q: float) -> Float64[np.ndarray, " F"]:
-    """The q-quantile of codes over firing tokens, by nearest rank; 0 where the feature never fires.
+def quantile(stats: FeatureStats, q: float, num_tokens: int | None = None) -> Float64[np.ndarray, " F"]:
+    """The q-quantile of codes by nearest rank, over firing tokens, or over `num_tokens` tokens with silent ones as 0.
 
-    It is the harmonic middle of the bin that holds the code of rank ceil(q * count), never above the maximum:
-    off by at most `QUANTILE_ERROR` relative, unless it falls into an open bin.
+    It is the harmonic middle of the bin that holds the code of rank ceil(q * tokens), never above the maximum:
+    off by at most `QUANTILE_ERROR` relative, unless it falls into an open bin. 0 where the feature never fires.
     """
     edges = bin_edges()
     middle = 2 * edges[:-1] * edges[1:] / (edges[:-1] + edges[1:])
-    rank = np.maximum(np.ceil(q * stats.count), 1)
+    tokens = stats.count if num_tokens is None else np.full_like(stats.count, num_tokens)
+    rank = np.maximum(np.ceil(q * tokens), 1) - (tokens - stats.count)  # among the firing tokens
     chosen = (np.cumsum(stats.histogram, axis=1) >= rank[:, None]).argmax(axis=1)
-    return np.where(stats.count > 0, np.minimum(middle[chosen], stats.maximum), 0.0)
+    return np.where((stats.count > 0) & (rank > 0), np.minimum(middle[chosen], stats.maximum), 0.0)

@@ -1,6 +1,7 @@
 """The whole config of every job as frozen values; the same models validate commands, YAML and HTTP bodies."""
 
 from pipeline.config.analyze import AnalyzeConfig, VerifyConfig
+from pipeline.config.discover import DiscoverRequest, DiscoveryConfig, TauConfig
 from pipeline.config.sections import (
     BatchConfig,
     CatalogConfig,
@@ -14,6 +15,7 @@ from pipeline.config.sections import (
     Section,
     StoreConfig,
 )
+from pipeline.config.serve import ServeConfig
 
 __all__ = [
     "AnalyzeConfig",
@@ -21,12 +23,16 @@ __all__ = [
     "CatalogConfig",
     "ClusterConfig",
     "CorpusConfig",
+    "DiscoverRequest",
+    "DiscoveryConfig",
     "MasksConfig",
     "ModelConfig",
     "RankingConfig",
     "SaeConfig",
     "SamplingConfig",
     "Section",
+    "ServeConfig",
     "StoreConfig",
+    "TauConfig",
     "VerifyConfig",
 ]

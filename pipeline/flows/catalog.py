@@ -1,6 +1,7 @@
 """Read a catalog: features, spans and statistics of a published snapshot, in memory or by key."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,12 @@ from pipeline.errors import ConfigError
 from pipeline.io import store, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.steps import layout, publish
+
+
+def catalog_names(root: str | Path) -> list[str]:
+    """The catalogs of a store, sorted."""
+    found = LocalBlobs(root).path("catalogs").glob("*/[0-9]*/manifest.json")
+    return sorted({path.parent.parent.name for path in found})
 
 
 class Catalog:
@@ -26,10 +33,9 @@ class Catalog:
         blobs = LocalBlobs(root)
         numbers = publish.snapshots(blobs, name)
         if not numbers or (snapshot is not None and snapshot not in numbers):
-            others = sorted(p.parent.parent.name for p in blobs.path("catalogs").glob("*/[0-9]*/manifest.json"))
             raise ConfigError(
                 f"there is no catalog {name!r}{f' with snapshot {snapshot}' if snapshot else ''} in {blobs.root}; "
-                f"there are {', '.join(sorted(set(others))) or 'none'}"
+                f"there are {', '.join(catalog_names(root)) or 'none'}"
             )
         self.number = numbers[-1] if snapshot is None else snapshot
         self.folder = publish.folder_of(blobs, name, self.number)
@@ -39,6 +45,11 @@ class Catalog:
     def digest(self) -> str:
         """Equal for equal catalogs."""
         return str(self.manifest["digest"])
+
+    @property
+    def saes(self) -> list[str]:
+        """`hook_point/sae` of every SAE."""
+        return sorted(self.manifest["identity"]["measure"]["saes"])
 
     @cached_property
     def features(self) -> tables.Table:
@@ -78,6 +89,55 @@ class Catalog:
             if wanted is not None:
                 keep &= np.asarray(table[column].to_pylist()) == wanted
         return table.filter(keep).sort_by([("hook_point", "ascending"), ("sae", "ascending"), ("rank", "ascending")])
+
+    def page(
+        self, start: int, num_features: int, hook_point: str | None = None, sae: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Rows of `features` by rank, from `start`; among equal ranks by hook point and SAE."""
+        table = self.features
+        keep = np.ones(table.num_rows, bool)
+        for column, wanted in (("hook_point", hook_point), ("sae", sae)):
+            if wanted is not None:
+                keep &= np.asarray(table[column].to_pylist()) == wanted
+        order = [("rank", "ascending"), ("hook_point", "ascending"), ("sae", "ascending")]
+        rows: list[dict[str, Any]] = table.filter(keep).sort_by(order).slice(start, num_features).to_pylist()
+        return rows
+
+    def search(self, text: str, num_features: int = 50) -> list[dict[str, Any]]:
+        """Features whose label contains a text, or whose strongest spans peak on a token that does.
+
+        Case does not count. Matches of the label come first, then those with the most such spans, then by rank.
+
+        Returns:
+            Rows with the key, `rank`, `label`, `in_label`, `num_spans` (of the top group, that match).
+        """
+        wanted = text.casefold()
+        rows = self.features.select(["hook_point", "sae", "feature_id", "rank", "label", "proto_label"]).to_pylist()
+        spans: Counter[tuple[str, str, int]] = Counter()
+        for key, tokens in self._peaks.items():
+            spans[key] = sum(wanted in token for token in tokens)
+        found = []
+        for row in rows:
+            label = row.pop("proto_label") if row["label"] is None else row["label"]
+            key = (row["hook_point"], row["sae"], row["feature_id"])
+            in_label = wanted in (label or "").casefold()
+            if in_label or spans[key]:
+                found.append(row | {"label": label, "in_label": in_label, "num_spans": spans[key]})
+        found.sort(key=lambda row: (not row["in_label"], -row["num_spans"], row["rank"], row["hook_point"], row["sae"]))
+        return found[:num_features]
+
+    @cached_property
+    def _peaks(self) -> dict[tuple[str, str, int], list[str]]:
+        """The peak tokens of every feature's strongest spans, case folded."""
+        columns = ["hook_point", "sae", "feature_id", "position", "start", "tokens"]
+        table = tables.read(self.folder / "spans.parquet", columns, filters=[("group", "=", "top")])
+        peaks: dict[tuple[str, str, int], list[str]] = {}
+        begin, tokens = tables.ragged(table, "tokens")
+        place = begin[:-1] + np.asarray(table["position"]) - np.asarray(table["start"])
+        keys = zip(*(table[name].to_pylist() for name in columns[:3]), strict=True)
+        for key, token in zip(keys, tokens[place], strict=True):
+            peaks.setdefault(key, []).append(token.casefold())
+        return peaks
 
     def statistics(self, hook_point: str, sae: str) -> dict[str, np.ndarray]:
         """The arrays of one SAE: counts, fixed-point sums, histogram with its edges."""

@@ -5,6 +5,7 @@ The table follows the public TransformerLens names. `in` is the first argument o
 error: parallel blocks (phi, most of gpt_neox) have no resid_mid.
 """
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -117,6 +118,7 @@ class Captures:
             check_point(point, taps, len(blocks))
         self._blocks, self._taps = blocks, taps
         self._missing: set[HookPoint] = set()
+        self._whole = False
         self._got: dict[HookPoint, Tensor] = {}
         self._handles: list[Any] = []
 
@@ -139,7 +141,7 @@ class Captures:
     def _keep(self, point: HookPoint, value: Any) -> None:
         self._got[point] = value[0] if isinstance(value, tuple) else value
         self._missing.discard(point)
-        if not self._missing:
+        if not self._missing and not self._whole:
             raise _Stop
 
     def _pre_hook(self, point: HookPoint) -> Any:
@@ -160,10 +162,14 @@ class Captures:
         Contexts are right-padded and the attention is causal, so no attention mask is needed: what stands
         at padded positions never reaches a real one.
         """
-        self._got, self._missing = {}, set(self._points)
-        try:
-            with torch.inference_mode():
-                model(input_ids=input_ids, use_cache=False)
-        except _Stop:
-            pass
+        self._got, self._missing, self._whole = {}, set(self._points), False
+        with contextlib.suppress(_Stop), torch.inference_mode():
+            model(input_ids=input_ids, use_cache=False)
         return self._got
+
+    def run_whole(self, model: nn.Module, input_ids: Tensor) -> tuple[dict[HookPoint, Tensor], Tensor]:
+        """As `run`, but to the end of the model: also its last hidden state (B, T, D), normed."""
+        self._got, self._missing, self._whole = {}, set(self._points), True
+        with torch.inference_mode():
+            output = model(input_ids=input_ids, use_cache=False)
+        return self._got, output.last_hidden_state

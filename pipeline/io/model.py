@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.io import embedded
 from pipeline.io.hooks import Captures, Tap, find_blocks, taps_of
 from pipeline.types import HookPoint, Stream
@@ -160,6 +160,23 @@ class Tokenizer:
         encoded: list[list[int]] = self._inner(texts, add_special_tokens=False)["input_ids"]
         return encoded
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text, without added special tokens, and the characters that each stands for."""
+        encoded = self._inner(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
+
+    def as_chat(self, prompt: str) -> str:
+        """The prompt as a user's turn, up to where the model would answer.
+
+        Raises:
+            ConfigError: if the tokenizer has no chat template.
+        """
+        if not self._inner.chat_template:
+            raise ConfigError("this model's tokenizer has no chat template; use chat_template=false")
+        turns = [{"role": "user", "content": prompt}]
+        text: str = self._inner.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return text
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a run of tokens, exactly as it stood (no clean-up of spaces)."""
         text: str = self._inner.decode(list(ids), clean_up_tokenization_spaces=False)
@@ -260,6 +277,10 @@ class LanguageModel:
     def run(self, captures: Captures, input_ids: Tensor) -> dict[HookPoint, Tensor]:
         """One forward pass over (B, T) ids, as far as the deepest hook; tensors (B, T, width) by hook point."""
         return captures.run(self.inner.base_model, input_ids.to(self.device))
+
+    def run_whole(self, captures: Captures, input_ids: Tensor) -> tuple[dict[HookPoint, Tensor], Tensor]:
+        """As `run`, but to the end of the model: also its last hidden state (B, T, D), ready for the head."""
+        return captures.run_whole(self.inner.base_model, input_ids.to(self.device))
 
     def widths(self, points: Iterable[HookPoint]) -> dict[HookPoint, int]:
         """The width of the activations at each hook point, by running one token."""

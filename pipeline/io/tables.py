@@ -79,6 +79,40 @@ SPANS = pa.schema(
         pa.field("values", pa.list_(pa.float32())),
     ]
 )
+FOUND = pa.schema(
+    [
+        *_KEY,
+        pa.field("layer", pa.int32()),
+        pa.field("stream", pa.string()),
+        pa.field("rank", pa.int32()),
+        pa.field("score", pa.float64()),
+        pa.field("mean", pa.float64()),
+        pa.field("coverage", pa.float64()),
+        pa.field("max", pa.float64()),
+        pa.field("selectivity", pa.float64()),
+        pa.field("tau", pa.float64()),
+        pa.field("proto_label", pa.string()),
+        pa.field("label_source", pa.string()),
+        pa.field("top_span_text", pa.string()),
+        pa.field(
+            "top_spans",
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("text", pa.string()),
+                        pa.field("position", pa.list_(pa.int32())),
+                        pa.field("act", pa.float64()),
+                        pa.field("peak", pa.int32()),
+                        pa.field("tokens", pa.list_(pa.string())),
+                        pa.field("values", pa.list_(pa.float64())),
+                    ]
+                )
+            ),
+        ),
+        pa.field("line", pa.int64()),
+        pa.field("id", pa.string()),
+    ]
+)
 Table = pa.Table
 ROWS_PER_GROUP = 4096
 
@@ -94,6 +128,11 @@ _OPTIONS: dict[str, Any] = {
 def table(schema: pa.Schema, columns: dict[str, Any]) -> pa.Table:
     """Columns (lists or NumPy arrays) as a table of exactly this schema."""
     return pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema}, schema=schema)
+
+
+def from_rows(schema: pa.Schema, rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """Dicts as a table of this schema; other keys are left out."""
+    return pa.Table.from_pylist(list(rows), schema=schema)
 
 
 def to_bytes(data: pa.Table) -> bytes:
@@ -124,6 +163,18 @@ def read(path: Path, columns: Sequence[str] | None = None, **options: Any) -> pa
         return pq.read_table(path, columns=columns, page_checksum_verification=True, **options)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise CorruptError(f"{path} cannot be read: {error}") from error
+
+
+def read_any(path: Path) -> pa.Table:
+    """A Parquet file of anybody's as a table.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        return pq.read_table(path)
+    except pa.ArrowException as error:
+        raise ValueError(str(error)) from error
 
 
 def _check_footer(path: Path) -> None:

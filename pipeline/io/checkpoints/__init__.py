@@ -81,6 +81,11 @@ def load_sae(
     )
 
 
+def is_sae(folder: Path) -> bool:
+    """Whether a directory is laid out as a checkpoint of a known format."""
+    return any(module.detect(folder) for module in FORMATS.values())
+
+
 def _locate(path: str, revision: str | None) -> Path:
     if path.startswith(embedded.PREFIX):
         return embedded.sae_path(path)

@@ -1,0 +1,181 @@
+"""`python -m sae_discover`: which features does this prompt use? One prompt, or a file of them."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pydantic
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jobs import _main
+from jobs._show import PLAIN_WIDTH, highlighted, printable
+from pipeline.config import ClusterConfig, DiscoverRequest, DiscoveryConfig, ModelConfig
+from pipeline.errors import ConfigError
+from pipeline.findings import Discovery
+from pipeline.flows.discover import discover, discover_batch
+from pipeline.io import answers
+from pipeline.steps.sae_map import saes_named
+
+_LISTS = {"layers": int, "streams": str, "restrict_features": int}
+_OURS = {"sae_id", "model_id", "tau"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; `python -m sae_discover --help` lists every flag")
+
+
+def main() -> None:
+    """Run the command and exit."""
+    sys.exit(_main.guarded(_run, DiscoverRequest))
+
+
+def _run() -> int:
+    given = vars(_parser().parse_args())
+    out = Path(given["out"]) if given["out"] else None
+    if out is not None:
+        answers.check_suffix(out)
+    config = _config(given)
+    request = {name: given[name] for name in DiscoverRequest.model_fields if given.get(name) is not None}
+    request["sae_id"] = config.sae_id
+    if given["prompts_file"]:
+        return _batch(given, config, request, out)
+    try:
+        answer = discover(config, DiscoverRequest.model_validate(request))
+    except pydantic.ValidationError as error:
+        raise ConfigError(_main.sentence(DiscoverRequest, error)) from error
+    if out is None:
+        show(answer)
+    else:
+        answers.write(out, [answer.model_dump()], many=False)
+        for note in answer.analyzed.notes:
+            print(f"note: {note}", file=sys.stderr)
+        print(f"{len(answer.features)} features written to {out}", file=sys.stderr)
+    return _main.DONE
+
+
+def _config(given: dict[str, Any]) -> DiscoveryConfig:
+    fields: dict[str, Any] = {name: given[name] for name in ("catalog", "labels", "cache_mb", "threads", "max_tokens")}
+    if given["sae"]:
+        fields |= {"saes": tuple(saes_named(given["sae"])), "sae_id": given["sae"]}
+    model = {"id": given["model"], "dtype": given["dtype"], "device": given["device"], "revision": given["revision"]}
+    try:
+        fields["model"] = ModelConfig.model_validate({k: v for k, v in model.items() if v is not None})
+        return DiscoveryConfig.model_validate({k: v for k, v in fields.items() if v is not None})
+    except pydantic.ValidationError as error:
+        raise ConfigError(_main.sentence(DiscoveryConfig, error)) from error
+
+
+def _batch(given: dict[str, Any], config: DiscoveryConfig, request: dict[str, Any], out: Path | None) -> int:
+    if out is None:
+        raise ConfigError("--prompts_file needs --out, as --out answers.jsonl")
+    if "prompt" in request or "text" in request:
+        raise ConfigError("give --prompts_file, or --prompt, or --text: one of them")
+    cluster = ClusterConfig(workers=given["workers"], threads_per_worker=config.threads)
+    report = discover_batch(config, request, Path(given["prompts_file"]), out, cluster)
+    num_errors = 0
+
+    def counted() -> Iterator[dict[str, Any]]:
+        nonlocal num_errors
+        for record in report.records():
+            num_errors += "error" in record
+            yield record
+
+    answers.write(out, counted(), many=True)
+    report.remove()
+    resumed = f", {report.num_resumed} of them by an earlier run" if report.num_resumed else ""
+    print(
+        f"{report.num_lines} prompts{resumed} in {report.seconds:.1f} s "
+        f"({(report.num_lines - report.num_resumed) / report.seconds:.1f} prompts/s), {num_errors} errors; "
+        f"written to {out}",
+        file=sys.stderr,
+    )
+    return _main.PARTLY if num_errors == report.num_lines else _main.DONE
+
+
+def show(answer: Discovery) -> None:
+    """Print an answer for people."""
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    analyzed = answer.analyzed
+    table = Table(title=f"{analyzed.mode} by {analyzed.score_mode}", title_justify="left")
+    for name, width in (("rank", 4), ("feature", 20), ("score", 8), ("coverage", 8), ("max", 6), ("pctl", 4)):
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
+    labelled = any(feature.proto_label for feature in answer.features)
+    if labelled:
+        table.add_column("label", max_width=32)
+    table.add_column("strongest span", no_wrap=True)
+    for feature in answer.features:
+        cells = [f"{feature.rank}", f"{feature.layer}/{feature.stream}/{feature.feature_id}", f"{feature.score:.4g}"]
+        cells += [f"{feature.scores.coverage:.0%}", f"{feature.scores.max:.4g}"]
+        share = feature.catalog.percentile if feature.catalog else None
+        cells.append("" if share is None else f"{share:.0%}")
+        if labelled:
+            cells.append(printable(feature.proto_label or ""))
+        spans = feature.top_spans[:1]
+        text = highlighted(spans[0].tokens, spans[0].peak - spans[0].position[0], 50) if spans else Text()
+        table.add_row(*map(Text, cells), text)
+    console.print(table)
+    if analyzed.tokens_generated:
+        console.print(Text(f"continuation ({analyzed.generation}): {printable(analyzed.text)[-400:]}"))
+    console.print(
+        f"{analyzed.tokens_kept} of {analyzed.tokens} tokens kept, {analyzed.features_scored} features fire there, "
+        f"{analyzed.features_gated} below coverage {analyzed.min_coverage:g}; tau: {analyzed.tau}",
+        highlight=False,
+    )
+    for note in analyzed.notes:
+        console.print(Text(f"note: {note}"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="sae-discover", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", help="hub id, directory or GGUF file; default: the embedded model")
+    parser.add_argument("--revision", help="of a model on the hub")
+    parser.add_argument("--sae", help="directory, hub id, folder of SAEs, or YAML mapping '22/resid_pre: path'")
+    parser.add_argument(
+        "--prompts_file", help="JSON lines: {'prompt': …}, {'text': …} or strings, with an id if you like"
+    )
+    parser.add_argument("--out", help=f"file to write: {', '.join(answers.SUFFIXES)}; default: a table on the terminal")
+    for name in ("catalog", "labels", "cache_mb", "threads", "max_tokens"):
+        field = DiscoveryConfig.model_fields[name]
+        kind: Any = str if name in ("catalog", "labels") else int
+        parser.add_argument(f"--{name}", type=kind, help=_help(field))
+    parser.add_argument("--workers", type=int, default=1, help="of a batch, on Ray if more than one")
+    parser.add_argument("--device", help="auto, cpu, cuda")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--tau", type=_tau, help="p95, p95_nonzero, quantile:0.9 or constant:0.5")
+    for name, field in DiscoverRequest.model_fields.items():
+        if name in _OURS:
+            continue
+        names = [f"--{name}"] + (["--min_coverage"] if name == "min_coverage_pct" else [])
+        if name in _LISTS:
+            parser.add_argument(*names, nargs="*", type=_LISTS[name], help=_help(field))
+        else:
+            default = float if name == "max_norm_ratio" else int if name == "first_positions" else type(field.default)
+            kind = {bool: _boolean, int: int, float: float}.get(default, str)
+            parser.add_argument(*names, type=kind, help=_help(field), metavar=name.upper())
+    return parser
+
+
+def _help(field: Any) -> str:
+    default = "" if field.default in (None, []) else f" [{str(field.default).lower()}]"
+    return f"{field.description}{default}".replace("%", "%%")
+
+
+def _boolean(given: str) -> bool:
+    if given.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {given!r}")
+    return given.lower() == "true"
+
+
+def _tau(given: str) -> dict[str, Any]:
+    mode, _, value = given.partition(":")
+    try:
+        return {"mode": mode} | ({"value": float(value)} if value else {})
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected p95, p95_nonzero, quantile:q or constant:c, got {given!r}"
+        ) from error

@@ -1,0 +1,1 @@
+"""`python -m sae_discover` and `sae-discover`: discovery under the name that its users know."""

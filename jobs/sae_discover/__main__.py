@@ -1,0 +1,5 @@
+"""Run the command."""
+
+from jobs.discover import main
+
+main()

@@ -1,0 +1,231 @@
+"""`python -m jobs.serve`: discovery and catalogs over HTTP. The door to FastAPI.
+
+Requests run one after another in one thread, so that answers are the same whatever else is asked; more than the
+limit of them are told to come back. Nothing is loaded but what the config names, and no answer holds a path or a
+traceback.
+"""
+
+import asyncio
+import hmac
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import uvicorn
+from fastapi import APIRouter, Depends, FastAPI, HTTPException
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, Field
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from jobs import _main
+from jobs._http import RESPONSES, BodyLimit, answer_errors
+from pipeline.config import DiscoverRequest, ServeConfig
+from pipeline.config.serve import LOOPBACK, LimitsConfig
+from pipeline.errors import ConfigError, RequestError
+from pipeline.findings import Discovery
+from pipeline.flows.catalog import Catalog, catalog_names
+from pipeline.flows.discover import open_discoverer
+from pipeline.steps.discoverer import Discoverer
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
+
+
+class Health(BaseModel):
+    """What is loaded."""
+
+    status: str
+    version: str
+    model_id: str
+    saes: list[dict[str, Any]]
+
+
+_EXAMPLE = {
+    "prompt": "The capital of France is",
+    "generate": True,
+    "gen_tokens": 16,
+    "return_top_x": 5,
+    "score_mode": "mean×coverage",
+    "min_coverage_pct": 0.1,
+    "first_positions": 1,
+    "seed": 42,
+}
+
+
+def make_app(config: ServeConfig, discoverer: Discoverer) -> FastAPI:
+    """The application around one loaded discoverer."""
+    api = FastAPI(
+        title="SAE Census",
+        version=version("sae-census"),
+        description="Which features of sparse autoencoders does a text use, and what is known of them?",
+        responses=RESPONSES,
+    )
+    bearer = HTTPBearer(auto_error=False)
+
+    def authorised(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+        if config.token is not None and not (
+            given and hmac.compare_digest(given.credentials.encode(), config.token.encode())
+        ):
+            raise HTTPException(401, "a token is needed: Authorization: Bearer …", {"WWW-Authenticate": "Bearer"})
+
+    @api.get("/v1/health")
+    def health() -> Health:
+        """What is loaded; needs no token."""
+        return Health(
+            status="ok", version=version("sae-census"), model_id=discoverer.model_id, saes=discoverer.describe()
+        )
+
+    guarded = APIRouter(prefix="/v1", dependencies=[Depends(authorised)])
+    _offer_discovery(guarded, _Queue(discoverer, config.limits))
+    _offer_catalogs(guarded, _Catalogs(config.store.root))
+    api.include_router(guarded)
+    answer_errors(api)
+    api.add_middleware(BodyLimit, max_bytes=config.limits.body_bytes)
+    if config.host in LOOPBACK:  # a page of a stranger must not reach us under a name of its own
+        api.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]", "testserver"])
+    return api
+
+
+def _offer_discovery(routes: APIRouter, queue: "_Queue") -> None:
+    example = {"requestBody": {"content": {"application/json": {"example": _EXAMPLE}}}}
+
+    @routes.post("/sae/features/discover", openapi_extra=example)
+    async def discover(request: DiscoverRequest) -> Discovery:
+        """Find the features that a prompt or text uses, with scores and evidence."""
+        return await queue.run(request)
+
+
+def _offer_catalogs(routes: APIRouter, catalogs: "_Catalogs") -> None:
+    @routes.get("/catalogs")
+    def list_catalogs() -> list[dict[str, Any]]:
+        """All catalogs of the store."""
+        return catalogs.describe()
+
+    @routes.get("/catalogs/{name}/features")
+    def features(
+        name: Name,
+        hook_point: str | None = None,
+        sae: str | None = None,
+        start: Annotated[int, Field(ge=0, lt=1 << 40)] = 0,
+        limit: Annotated[int, Field(ge=1, le=500)] = 50,
+    ) -> list[dict[str, Any]]:
+        """Features by rank."""
+        return catalogs.get(name).page(start, limit, hook_point, sae)
+
+    @routes.get("/catalogs/{name}/features/{key:path}")
+    def feature(name: Name, key: str) -> dict[str, Any]:
+        """One feature and its spans; the key is `hook_point/sae/feature_id`."""
+        catalog, parts = catalogs.get(name), key.rsplit("/", 2)
+        try:
+            if len(parts) != 3 or not re.fullmatch(r"[0-9]{1,9}", parts[2]):
+                raise KeyError(key)
+            found = catalog.feature(parts[0], parts[1], int(parts[2]))
+        except KeyError as error:
+            message = "there is no such feature; expected hook_point/sae/feature_id"
+            raise RequestError(message, "key", unknown=True) from error
+        return found | {"spans": catalog.spans(parts[0], parts[1], int(parts[2])).to_pylist()}
+
+    @routes.get("/catalogs/{name}/search")
+    def search(
+        name: Name,
+        q: Annotated[str, Field(min_length=1, max_length=200)],
+        limit: Annotated[int, Field(ge=1, le=500)] = 50,
+    ) -> list[dict[str, Any]]:
+        """Features whose label contains `q`, or whose strongest spans peak on a token that does."""
+        return catalogs.get(name).search(q, limit)
+
+
+class _Queue:
+    """Runs requests one by one, and refuses those that would wait too long."""
+
+    def __init__(self, discoverer: Discoverer, limits: LimitsConfig):
+        self._discoverer, self._limits = discoverer, limits
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="discover")
+        self._admitted = 0
+
+    async def run(self, request: DiscoverRequest) -> Discovery:
+        limits = self._limits
+        if request.gen_tokens > limits.gen_tokens and request.prompt is not None and request.generate:
+            raise RequestError(f"this server generates at most {limits.gen_tokens} tokens", "gen_tokens")
+        if self._admitted >= limits.concurrent:
+            raise HTTPException(429, "too many requests wait", {"Retry-After": "5"})
+        self._admitted += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, self._answer, request)
+        finally:
+            self._admitted -= 1
+
+    def _answer(self, request: DiscoverRequest) -> Discovery:
+        return self._discoverer.discover(request, time.monotonic() + self._limits.seconds)
+
+
+class _Catalogs:
+    """Open catalogs, each at its newest snapshot."""
+
+    def __init__(self, root: str):
+        self._root, self._open = root, dict[str, Catalog]()
+
+    def get(self, name: str) -> Catalog:
+        try:
+            newest = Catalog(self._root, name)
+        except ConfigError as error:
+            raise RequestError("there is no such catalog; GET /v1/catalogs lists them", "name", unknown=True) from error
+        if name not in self._open or self._open[name].digest != newest.digest:
+            self._open[name] = newest
+        return self._open[name]
+
+    def describe(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": name,
+                "snapshot": catalog.number,
+                "digest": catalog.digest,
+                "saes": catalog.saes,
+                "tokens": catalog.manifest["coverage"]["tokens"],
+            }
+            for name in catalog_names(self._root)
+            for catalog in [self.get(name)]
+        ]
+
+
+def _public(config: ServeConfig) -> ServeConfig:
+    """With a model name that is no path."""
+    path = Path(config.model.id).expanduser()
+    if config.model_name is None and path.exists():
+        return config.model_copy(update={"model_name": path.name})
+    return config
+
+
+def deploy(config: ServeConfig) -> Any:
+    """The application as a Ray Serve deployment, for `serve.run`; every replica loads the model."""
+    from ray import serve
+
+    def build() -> FastAPI:
+        return make_app(config, open_discoverer(config))
+
+    @serve.deployment(num_replicas=config.replicas, ray_actor_options={"num_cpus": config.threads})
+    @serve.ingress(build)
+    class Replica:
+        pass
+
+    bind: Any = getattr(Replica, "bind")  # noqa: B009  # the decorator's type hides it
+    return bind()
+
+
+def job(config: ServeConfig) -> int:
+    """Serve until interrupted."""
+    config = _public(config)
+    if config.replicas > 1:
+        from ray import serve
+
+        serve.start(http_options={"host": config.host, "port": config.port})
+        serve.run(deploy(config), blocking=True)
+        return _main.DONE
+    uvicorn.run(make_app(config, open_discoverer(config)), host=config.host, port=config.port, log_level="warning")
+    return _main.DONE
+
+
+if __name__ == "__main__":
+    _main.main("serve", ServeConfig, job)

@@ -1,0 +1,263 @@
+"""Discovery: which features does a prompt or text use? One request, or a file of prompts in batches.
+
+A batch is cut into chunks of lines; a chunk is answered in batched passes and written under a folder beside the
+output that is named by all that decides the answers, so that the same command goes on where it was stopped.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.config import ClusterConfig, DiscoverRequest, DiscoveryConfig
+from pipeline.errors import CensusError, ConfigError, RequestError, SourceError
+from pipeline.findings import Discovery
+from pipeline.io import device, embedded
+from pipeline.io.blobs import LocalBlobs
+from pipeline.io.memo import ArrayCache
+from pipeline.io.model import choose_device, choose_dtype, model_facts
+from pipeline.records import digest_of
+from pipeline.steps.background import load_backgrounds, read_labels
+from pipeline.steps.cluster import run_tasks
+from pipeline.steps.discoverer import Discoverer
+from pipeline.steps.progress import Voice
+from pipeline.steps.reader import Reader
+from pipeline.steps.requests import Loaded
+from pipeline.types import SiteKey
+
+CHUNK_LINES = 128
+MAX_LINE_BYTES = 8 << 20
+
+
+def open_discoverer(config: DiscoveryConfig) -> Discoverer:
+    """Load model, SAEs and background.
+
+    Raises:
+        UserError: if they cannot be read or do not belong together.
+    """
+    model = config.model
+    chosen = choose_device(model.device)
+    numerics = device.configure(config.threads, chosen)
+    facts = model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+    reader = Reader(model, config.saes)
+    dtype = str(choose_dtype(model.dtype, chosen)).removeprefix("torch.")
+    identity = {"model": facts.digest, "dtype": dtype, "tokenizer": reader.tokenizer.digest, "numerics": numerics}
+    folder = embedded.cache_dir() / "discover"
+    loaded = Loaded(
+        reader=reader,
+        model_id=config.model_name or model.id,
+        model_digest=facts.digest,
+        dtype=dtype,
+        identity=identity,
+        sae_ids=_sae_ids(config, list(reader.loaded)),
+        max_tokens=min(config.max_tokens, facts.max_positions or config.max_tokens),
+        backgrounds=None if config.catalog is None else load_backgrounds(config.catalog, reader.loaded),
+        labels={} if config.labels is None else read_labels(config.labels, reader.loaded),
+    )
+    return Discoverer(loaded, ArrayCache(folder, config.cache_mb << 20) if config.cache_mb else None)
+
+
+def _sae_ids(config: DiscoveryConfig, sites: list[SiteKey]) -> dict[str, list[SiteKey]]:
+    ids: dict[str, list[SiteKey]] = {} if config.sae_id is None else {config.sae_id: sites}
+    for site in sites:
+        mine = ids.setdefault(site.sae, [])
+        if site not in mine:
+            mine.append(site)
+    return ids
+
+
+def discover(config: DiscoveryConfig, request: DiscoverRequest) -> Discovery:
+    """Answer one request.
+
+    Raises:
+        UserError: if something is missing or wrong.
+    """
+    return open_discoverer(config).discover(request)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What a worker needs to answer chunks of a file of prompts."""
+
+    config: DiscoveryConfig
+    request: dict[str, Any]
+    """Fields of every request but its text."""
+    prompts: str
+    parts: str
+    """Folder for answered chunks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A run of lines."""
+
+    number: int
+    offset: int
+    num_bytes: int
+    first_line: int
+    num_lines: int
+
+    @property
+    def key(self) -> str:
+        """Of its answers."""
+        return f"{self.number:08d}.jsonl"
+
+
+class BatchWorker:
+    """Answers chunks one by one."""
+
+    def __init__(self, batch: Batch):
+        self._batch, self._discoverer = batch, open_discoverer(batch.config)
+
+    def run(self, chunk: Chunk) -> int:
+        """Answer a chunk and write its lines; how many they are."""
+        with Path(self._batch.prompts).open("rb") as file:
+            file.seek(chunk.offset)
+            lines = file.read(chunk.num_bytes).removesuffix(b"\n").split(b"\n")
+        records: list[dict[str, Any]] = [{"line": chunk.first_line + i} for i in range(len(lines))]
+        asked: list[tuple[int, DiscoverRequest]] = []
+        for i, line in enumerate(lines):
+            try:
+                given = _prompt_of(line)
+                if "id" in given:
+                    records[i]["id"] = given.pop("id")
+                asked.append((i, DiscoverRequest.model_validate(self._batch.request | given)))
+            except (RequestError, ValidationError) as error:
+                records[i]["error"] = _why(error)
+        for (i, _), answer in zip(asked, self._discoverer.discover_many([r for _, r in asked]), strict=True):
+            records[i] |= answer.model_dump() if isinstance(answer, Discovery) else {"error": _why(answer)}
+        body = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        LocalBlobs(self._batch.parts).put(chunk.key, body.encode())
+        return len(records)
+
+
+def _prompt_of(line: bytes) -> dict[str, Any]:
+    """The prompt or text of a line, and its id: an object with them (other keys are left aside), or a string.
+
+    Raises:
+        RequestError: if it is neither.
+    """
+    if len(line) > MAX_LINE_BYTES:
+        raise RequestError(f"the line has {len(line)} bytes, more than {MAX_LINE_BYTES}", "line")
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise RequestError(f"not JSON: {error}", "line") from error
+    if isinstance(record, str):
+        return {"prompt": record}
+    if not isinstance(record, dict) or not record.keys() & {"prompt", "text"}:
+        raise RequestError('expected {"prompt": …}, {"text": …} or a string', "line")
+    return {name: record[name] for name in ("prompt", "text", "id") if name in record}
+
+
+def _why(error: Exception) -> dict[str, str]:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return {"field": ".".join(map(str, first["loc"])) or "prompt", "message": first["msg"]}
+    return {"field": getattr(error, "field", "") or "prompt", "message": str(error)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchReport:
+    """What a batch gave."""
+
+    folder: Path
+    """Of the parts."""
+    keys: tuple[str, ...]
+    num_lines: int
+    num_resumed: int
+    """Lines that an earlier run had answered."""
+    seconds: float
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The answers, one a line, in the order of the prompts."""
+        for key in self.keys:
+            yield from map(json.loads, LocalBlobs(self.folder).get(key).splitlines())
+
+    def remove(self) -> None:
+        """Forget the parts: the answers are where they belong."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def discover_batch(
+    config: DiscoveryConfig,
+    request: dict[str, Any],
+    prompts: Path,
+    out: Path,
+    cluster: ClusterConfig,
+    say: Callable[[str], None] | None = None,
+) -> BatchReport:
+    """Answer every line of a file of prompts.
+
+    Args:
+        config: of the discoverer.
+        request: fields of every request but its text.
+        prompts: JSON lines: `{"prompt": …}`, `{"text": …}` or strings, with an `id` if you like.
+        out: parts of the work are kept beside it until it is whole.
+        cluster: who works.
+        say: hears progress.
+
+    Raises:
+        UserError: if the file cannot be read, or nothing can be answered as asked.
+    """
+    began = time.monotonic()
+    try:
+        with prompts.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        chunks = list(_chunks(prompts))
+    except OSError as error:
+        raise SourceError(f"the prompts {prompts} cannot be read: {error.strerror}") from error
+    if not chunks:
+        raise SourceError(f"the file {prompts} has no line")
+    _check(request)
+    settings = [digest, request, config.model_dump(mode="json", exclude={"cache_mb"}), CHUNK_LINES]
+    folder = out.with_name(f".{out.name}.{digest_of(settings)[:12]}")
+    blobs = LocalBlobs(folder)
+    left = [chunk for chunk in chunks if not blobs.exists(chunk.key)]
+    batch = Batch(
+        config=config.model_copy(update={"cache_mb": 0, "threads": cluster.threads_per_worker}),
+        request=request,
+        prompts=str(prompts.resolve()),
+        parts=str(folder.resolve()),
+    )
+    voice = Voice(blobs, "events.jsonl", say)
+    with voice.stage("discover", len(left), "prompts") as stage:
+        for outcome in run_tasks(partial(BatchWorker, batch), left, cluster, on_event=voice.event):
+            if outcome.result is None:
+                raise CensusError(f"lines from {outcome.task.first_line}: {outcome.kind}: {outcome.message}")
+            stage.advance(outcome.result)
+    num_lines = sum(chunk.num_lines for chunk in chunks)
+    return BatchReport(
+        folder=folder,
+        keys=tuple(chunk.key for chunk in chunks),
+        num_lines=num_lines,
+        num_resumed=num_lines - sum(chunk.num_lines for chunk in left),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _check(request: dict[str, Any]) -> None:
+    """What is wrong with every line is wrong with the command."""
+    try:
+        DiscoverRequest.model_validate(request | {"prompt": "a"})
+    except ValidationError as error:
+        raise ConfigError("{field}: {message}".format(**_why(error))) from error
+
+
+def _chunks(path: Path) -> Iterator[Chunk]:
+    with path.open("rb") as file:
+        number = offset = num_bytes = lines = 0
+        for line in file:
+            num_bytes, lines = num_bytes + len(line), lines + 1
+            if lines == CHUNK_LINES:
+                yield Chunk(number, offset, num_bytes, number * CHUNK_LINES + 1, lines)
+                number, offset, num_bytes, lines = number + 1, offset + num_bytes, 0, 0
+        if lines:
+            yield Chunk(number, offset, num_bytes, number * CHUNK_LINES + 1, lines)

@@ -1,0 +1,272 @@
+"""From codes to the answer: kept tokens, scores, gates, ranking, and the evidence for what is returned."""
+
+import itertools
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import numpy as np
+from jaxtyping import Bool, Float64
+
+from pipeline.compute import discovery, masks
+from pipeline.compute.discovery import Candidates
+from pipeline.config import DiscoverRequest
+from pipeline.findings import AgainstCatalog, Analyzed, Discovery, FoundFeature, Scores, Span, UsedSae
+from pipeline.steps.background import Background, LabelSource
+from pipeline.steps.codebook import Read
+from pipeline.steps.requests import Loaded, place
+from pipeline.steps.sequences import Sequence as Tokens
+from pipeline.types import STREAMS, SiteKey
+
+SINK_RATIO = 10.0
+"""A kept token this much longer than the median is worth a note."""
+WINDOW = (16, 8)
+"""Tokens of a span before its peak, and from the peak on."""
+
+
+class Answer:
+    """The answer to one request about one sequence, in the making."""
+
+    def __init__(
+        self, loaded: Loaded, request: DiscoverRequest, sites: Sequence[SiteKey], sequence: Tokens, read: Read
+    ):
+        self._loaded, self._request, self._sites = loaded, request, sites
+        self._sequence, self._read = sequence, read
+        self._masks = loaded.masks(request)
+        self._allowed = allowed_tokens(loaded, request, sequence)
+        points = {site.hook_point for site in sites}
+        if self._masks.max_norm_ratio is not None:
+            for point in points:
+                self._allowed &= ~discovery.norm_outliers(read.norms[point], self._masks.max_norm_ratio)
+        self._kept = self._keep()
+        self._sinks = any((discovery.norm_outliers(read.norms[p], SINK_RATIO) & self._kept).any() for p in points)
+        self._token_texts: dict[int, str] = {}
+
+    def _keep(self) -> Bool[np.ndarray, " T"]:
+        request, deepest = self._request, max(site.hook_point for site in self._sites)
+        weight = {"entropy": self._read.entropy, "norm": self._read.norms[deepest], "none": None}[request.token_filter]
+        if weight is None:  # all are kept
+            return self._allowed
+        return discovery.kept_tokens(weight, self._allowed, request.topk_tokens_per_seq)
+
+    def make(self) -> Discovery:
+        """Score, gate, rank, and attach evidence."""
+        request = self._request
+        lists, used, num_scored, num_gated = [], [], 0, 0
+        for site in self._sites:
+            found = self._candidates(site)
+            scale = self._scale(site)
+            passed = found.coverage >= request.min_coverage_pct
+            num_scored, num_gated = num_scored + len(passed), num_gated + int((~passed).sum())
+            score = found.score(request.score_mode) / scale
+            order = [i for i in np.argsort(-score, kind="stable") if passed[i]][: request.return_top_x]
+            lists.append([(float(score[i]), site, found, int(i)) for i in order])
+            used.append(self._used(site, scale))
+        if request.merge_across_layers:
+            merged = sorted(itertools.chain(*lists), key=lambda one: (-one[0], place(one[1]), one[3]))
+            lists = [merged[: request.return_top_x]]
+        features = [
+            self._feature(rank, score, site, found, i)
+            for ranking in lists
+            for rank, (score, site, found, i) in enumerate(ranking, 1)
+        ]
+        return Discovery(
+            model_id=self._loaded.model_id,
+            sae_id=request.sae_id or ", ".join(dict.fromkeys(site.sae for site in self._sites)),
+            analyzed=self._analyzed(used, num_scored, num_gated),
+            features=features,
+        )
+
+    def _background(self, site: SiteKey) -> Background | None:
+        return None if self._loaded.backgrounds is None else self._loaded.backgrounds.sites[site]
+
+    def _tau(self, site: SiteKey) -> Float64[np.ndarray, " F"]:
+        rule, background = self._request.tau, self._background(site)
+        if background is not None:
+            return background.tau(rule.mode, rule.value)
+        return np.full(self._loaded.reader.saes[site].num_features, rule.value if rule.mode == "constant" else 0.0)
+
+    def _candidates(self, site: SiteKey) -> Candidates:
+        codes, background = self._read.codes[site], self._background(site)
+        if self._request.restrict_features:
+            codes = codes.where(np.isin(codes.feature, np.array(self._request.restrict_features)))
+        others = self._allowed & ~self._kept
+        return discovery.measure(codes, self._kept, self._tau(site), others if background is None else background.mean)
+
+    def _scale(self, site: SiteKey) -> float:
+        background = self._background(site)
+        if self._request.normalize == "activation_norm" and self._kept.any():
+            return float(self._read.norms[site.hook_point][self._kept].mean())
+        if self._request.normalize == "mean_code" and background is not None:
+            return background.mean_code or 1.0
+        return 1.0
+
+    def _used(self, site: SiteKey, scale: float) -> UsedSae:
+        return UsedSae(
+            hook_point=str(site.hook_point),
+            sae=site.sae,
+            num_features=self._loaded.reader.saes[site].num_features,
+            digest=self._loaded.reader.loaded[site].digest,
+            scale=scale,
+        )
+
+    def _analyzed(self, used: list[UsedSae], num_scored: int, num_gated: int) -> Analyzed:
+        request, sequence, loaded = self._request, self._sequence, self._loaded
+        backgrounds = loaded.backgrounds
+        if backgrounds is not None:
+            subtracted = "mean over the catalog's counted tokens"
+        elif (self._allowed & ~self._kept).any():
+            subtracted = "mean over the tokens that were not kept"
+        else:
+            subtracted = "0: every token was kept"
+        generation = None
+        if sequence.mode == "prompt+gen":
+            sampled = f"sampled, temperature {request.temperature:g}, top_p {request.top_p:g}, seed {request.seed}"
+            generation = sampled if request.do_sample else "greedy"
+        return Analyzed(
+            mode=sequence.mode,
+            tokens=len(sequence.ids),
+            tokens_kept=int(self._kept.sum()),
+            tokens_generated=sequence.num_generated,
+            tokens_truncated=sequence.num_truncated,
+            layers=sorted({site.hook_point.layer for site in self._sites}),
+            streams=[s for s in STREAMS if any(site.hook_point.stream == s for site in self._sites)],
+            saes=used,
+            text=sequence.text,
+            token_filter=request.token_filter,
+            first_positions=self._masks.first_positions,
+            max_norm_ratio=self._masks.max_norm_ratio,
+            tau=self._tau_rule(),
+            selectivity_background=subtracted,
+            score_mode=request.score_mode,
+            min_coverage=request.min_coverage_pct,
+            features_scored=num_scored,
+            features_gated=num_gated,
+            generation=generation,
+            chat_template=request.chat_template,
+            catalog=None if backgrounds is None else backgrounds.digest,
+            model_digest=loaded.model_digest,
+            dtype=loaded.dtype,
+            version=version("sae-census"),
+            notes=self._notes(num_scored, num_gated),
+        )
+
+    def _tau_rule(self) -> str:
+        rule = self._request.tau
+        if rule.mode != "constant" and self._loaded.backgrounds is None:
+            return "constant 0"
+        return rule.mode if rule.mode in ("p95", "p95_nonzero") else f"{rule.mode} {rule.value:g}"
+
+    def _notes(self, num_scored: int, num_gated: int) -> list[str]:
+        notes, request, backgrounds = [], self._request, self._loaded.backgrounds
+        if not self._kept.any():
+            notes.append("no token was kept: all are special tokens or masked")
+        if self._sinks:
+            notes.append(
+                f"a kept token is more than {SINK_RATIO:g} times as long as the median, which looks like an attention "
+                "sink; leave such tokens out with first_positions=1 or max_norm_ratio=10"
+            )
+        if num_scored and num_scored == num_gated:
+            notes.append(
+                f"all {num_scored} features are below min_coverage_pct={request.min_coverage_pct:g}; lower it "
+                "(it is a fraction: 0.05 is one token in twenty)"
+            )
+        if backgrounds is None and request.tau.mode != "constant":
+            notes.append(f"tau {request.tau.mode} needs a catalog and none was given: tau is 0")
+        if backgrounds is not None and backgrounds.model_digest != self._loaded.model_digest:
+            notes.append("the catalog was made with another model: backgrounds are of that model")
+        return notes
+
+    def _feature(self, rank: int, score: float, site: SiteKey, found: Candidates, i: int) -> FoundFeature:
+        feature = int(found.feature[i])
+        label, source = self._label(site, feature)
+        return FoundFeature(
+            feature_id=feature,
+            layer=site.hook_point.layer,
+            stream=site.hook_point.stream,
+            hook_point=str(site.hook_point),
+            sae=site.sae,
+            rank=rank,
+            score=score,
+            scores=Scores(
+                mean=float(found.mean[i]),
+                coverage=float(found.coverage[i]),
+                max=float(found.max[i]),
+                selectivity=float(found.selectivity[i]),
+            ),
+            tau=float(self._tau(site)[feature]),
+            proto_label=label,
+            label_source=source,
+            catalog=self._against_catalog(site, found, i),
+            top_spans=self._spans(site, feature) if self._request.attach_examples else [],
+        )
+
+    def _label(self, site: SiteKey, feature: int) -> tuple[str | None, LabelSource | None]:
+        table, background = self._loaded.labels.get(site, {}), self._background(site)
+        if not self._request.attach_proto_labels:
+            return None, None
+        if feature in table:
+            return table[feature], "table"
+        if background is not None and feature in background.labels:
+            return background.labels[feature]
+        return None, None
+
+    def _against_catalog(self, site: SiteKey, found: Candidates, i: int) -> AgainstCatalog | None:
+        background, feature = self._background(site), int(found.feature[i])
+        if background is None:
+            return None
+        count, tokens = int(background.stats.count[feature]), background.num_tokens
+        ratio, low, high = discovery.log_odds(int(found.fired[i]), int(self._kept.sum()), count, tokens)
+        return AgainstCatalog(
+            frequency=count / max(tokens, 1),
+            mean=float(background.mean[feature]),
+            max=float(background.stats.maximum[feature]),
+            percentile=discovery.percentile(background.stats, feature, float(found.max[i])),
+            log_odds=ratio,
+            log_odds_low=low,
+            log_odds_high=high,
+        )
+
+    def _spans(self, site: SiteKey, feature: int) -> list[Span]:
+        codes, sequence = self._read.codes[site], self._sequence
+        low, high = np.searchsorted(codes.feature, [feature, feature + 1])
+        position, value = codes.position[low:high].astype(np.int64), codes.value[low:high].astype(np.float64)
+        at = self._kept[position]
+        peaks, strengths = position[at], value[at]
+        spans = []
+        for start, stop, i in discovery.windows(
+            peaks, strengths, len(sequence.ids), width=WINDOW, at_most=self._request.num_spans
+        ):
+            values = np.zeros(stop - start)
+            inside = (position >= start) & (position < stop)
+            values[position[inside] - start] = value[inside]
+            begin, end = sequence.chars[start][0], sequence.chars[stop - 1][1]
+            spans.append(
+                Span(
+                    text=sequence.text[begin:end],
+                    position=[start, stop],
+                    char=[begin, end],
+                    act=float(strengths[i]),
+                    peak=int(peaks[i]),
+                    tokens=[self._token(token) for token in sequence.ids[start:stop]],
+                    values=values.tolist(),
+                )
+            )
+        return spans
+
+    def _token(self, token: int) -> str:
+        if token not in self._token_texts:
+            self._token_texts[token] = self._loaded.reader.tokenizer.tokens([token])[0]
+        return self._token_texts[token]
+
+
+def allowed_tokens(loaded: Loaded, request: DiscoverRequest, sequence: Tokens) -> Bool[np.ndarray, " T"]:
+    """The tokens that can be kept, as far as ids and positions tell."""
+    ids, chosen = np.array([sequence.ids]), loaded.masks(request)
+    rules = masks.token_rules(
+        ids,
+        np.array([ids.shape[1]]),
+        special_ids=loaded.reader.tokenizer.special_ids,
+        first_positions=chosen.first_positions,
+        positions=chosen.positions,
+    )
+    return np.asarray(rules[0] == masks.COUNTED)

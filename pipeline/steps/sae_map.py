@@ -1,0 +1,70 @@
+"""What `--sae` may name: one SAE, a folder of SAEs, or a YAML mapping of layers and streams to SAEs."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.config import SaeConfig
+from pipeline.errors import ConfigError
+from pipeline.io.checkpoints import is_sae
+from pipeline.types import STREAMS, HookPoint
+
+_PLACE = re.compile(r"(\d+)/(\w+)")
+
+
+def saes_named(given: str) -> list[SaeConfig]:
+    """The SAEs behind a name.
+
+    A mapping has entries such as `22/resid_pre: path`, `blocks.22.hook_resid_pre: path`, or
+    `22: {resid_pre: path, mlp_out: path}`; paths in it are relative to its file.
+
+    Raises:
+        ConfigError: if a mapping is not one.
+    """
+    path = Path(given).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        return _mapping(path)
+    if path.is_dir() and not is_sae(path):
+        inside = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and is_sae(folder)]
+        if inside:
+            return [SaeConfig(path=str(folder)) for folder in inside]
+    return [SaeConfig(path=given)]
+
+
+def _mapping(path: Path) -> list[SaeConfig]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"the mapping {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    entries = list(_entries(path, content))
+    if not entries:
+        raise ConfigError(f"the mapping {path} names no SAE; expected lines such as '22/resid_pre: path/of/sae'")
+    return entries
+
+
+def _entries(path: Path, content: Any) -> Iterator[SaeConfig]:
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is not a mapping; expected lines such as '22/resid_pre: path/of/sae'")
+    for key, value in content.items():
+        inner = {f"{key}/{stream}": sae for stream, sae in value.items()} if isinstance(value, dict) else {key: value}
+        for place, sae in inner.items():
+            if not isinstance(sae, str):
+                raise ConfigError(f"{path}: {place} maps to {sae!r}; expected the path of an SAE")
+            beside = path.parent / sae
+            where = str(beside) if beside.exists() else sae
+            yield SaeConfig(path=where, hook_point=_hook_point(path, str(place)))
+
+
+def _hook_point(path: Path, place: str) -> str:
+    found = _PLACE.fullmatch(place)
+    if found is None and place.isdigit():
+        raise ConfigError(f"{path}: say the stream, too, as {place}/resid_pre: one layer has many")
+    if found is None:
+        return str(HookPoint.parse(place))
+    stream = next((stream for stream in STREAMS if stream == found[2]), None)
+    if stream is None:
+        raise ConfigError(f"{path}: {place!r} names no stream; expected one of {', '.join(STREAMS)}")
+    return str(HookPoint(int(found[1]), stream))
