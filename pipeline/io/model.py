@@ -149,6 +149,7 @@ class Tokenizer:
         pad = self._inner.pad_token_id
         self.pad_id: int = pad if pad is not None else (self._inner.eos_token_id or 0)
         self.size = len(self._inner)
+        self._texts: dict[int, str] = {}
         probe = self._inner("a")["input_ids"]
         self.adds_bos = self.bos_id is not None and probe[:1] == [self.bos_id]
         commit = self._inner.init_kwargs.get("_commit_hash")
@@ -192,7 +193,12 @@ class Tokenizer:
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """The readable text of every token by itself; bytes of a split character show as �."""
-        return [self._inner.decode([i], clean_up_tokenization_spaces=False) for i in ids]
+        found = []
+        for i in ids:
+            if i not in self._texts:
+                self._texts[i] = self._inner.decode([i], clean_up_tokenization_spaces=False)
+            found.append(self._texts[i])
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,7 +39,7 @@ class Answer:
                 self._allowed &= ~discovery.norm_outliers(read.norms[point], self._masks.max_norm_ratio)
         self._kept = self._keep()
         self._sinks = any((discovery.norm_outliers(read.norms[p], SINK_RATIO) & self._kept).any() for p in points)
-        self._token_texts: dict[int, str] = {}
+        self._taus = {site: self._tau(site) for site in sites}
 
     def _keep(self) -> Bool[np.ndarray, " T"]:
         request, deepest = self._request, max(site.hook_point for site in self._sites)
@@ -90,7 +90,7 @@ class Answer:
         if self._request.restrict_features:
             codes = codes.where(np.isin(codes.feature, np.array(self._request.restrict_features)))
         others = self._allowed & ~self._kept
-        return discovery.measure(codes, self._kept, self._tau(site), others if background is None else background.mean)
+        return discovery.measure(codes, self._kept, self._taus[site], others if background is None else background.mean)
 
     def _scale(self, site: SiteKey) -> float:
         background = self._background(site)
@@ -193,7 +193,7 @@ class Answer:
                 max=float(found.max[i]),
                 selectivity=float(found.selectivity[i]),
             ),
-            tau=float(self._tau(site)[feature]),
+            tau=float(self._taus[site][feature]),
             proto_label=label,
             label_source=source,
             catalog=self._against_catalog(site, found, i),
@@ -247,16 +247,11 @@ class Answer:
                     char=[begin, end],
                     act=float(strengths[i]),
                     peak=int(peaks[i]),
-                    tokens=[self._token(token) for token in sequence.ids[start:stop]],
+                    tokens=self._loaded.reader.tokenizer.tokens(sequence.ids[start:stop]),
                     values=values.tolist(),
                 )
             )
         return spans
-
-    def _token(self, token: int) -> str:
-        if token not in self._token_texts:
-            self._token_texts[token] = self._loaded.reader.tokenizer.tokens([token])[0]
-        return self._token_texts[token]
 
 
 def allowed_tokens(loaded: Loaded, request: DiscoverRequest, sequence: Tokens) -> Bool[np.ndarray, " T"]:
