@@ -102,7 +102,7 @@ def test_tau_constant_is_that_number_for_every_feature():
     assert discovery.thresholds(as_stats(dense_codes(3)), T, "constant", 0.25).tolist() == [0.25] * F
 
 
-@given(st.lists(st.floats(0.001, 1000, width=32), max_size=40), st.integers(0, 60), st.floats(0.001, 0.999))
+@given(st.lists(st.floats(2**-10, 1024, width=32), max_size=40), st.integers(0, 60), st.floats(0.001, 0.999))
 def test_quantile_over_tokens_is_the_quantile_of_the_codes_padded_with_zeros(values, num_silent, q):
     dense = np.array([*values, *[0.0] * num_silent, 0.0], np.float32)[:, None]
     found = quantile(as_stats(dense), q, len(dense))[0]

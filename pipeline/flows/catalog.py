@@ -2,17 +2,22 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipeline.config import AnalyzeConfig
 from pipeline.errors import ConfigError
 from pipeline.io import store, tables
 from pipeline.io.blobs import LocalBlobs
+from pipeline.records import ShardRecord
 from pipeline.steps import layout, publish
+from pipeline.steps.reader import load_saes
+from pipeline.steps.stored_codes import StoredCodes, coactive
+from pipeline.types import HookPoint, SiteKey
 
 
 def catalog_names(root: str | Path) -> list[str]:
@@ -30,7 +35,7 @@ class Catalog:
         Raises:
             ConfigError: if there is none.
         """
-        blobs = LocalBlobs(root)
+        self._blobs = blobs = LocalBlobs(root)
         numbers = publish.snapshots(blobs, name)
         if not numbers or (snapshot is not None and snapshot not in numbers):
             raise ConfigError(
@@ -139,6 +144,117 @@ class Catalog:
             peaks.setdefault(key, []).append(token.casefold())
         return peaks
 
+    def firing_on(self, text: str, num_features: int = 50) -> list[dict[str, Any]]:
+        """Features that fire on a text in their kept spans: on any token of a place where it stands, as written.
+
+        A search of samples, not of the corpus: a feature without such a span may still fire on the text.
+
+        Returns:
+            Rows with the key, `num_spans`, `max` (strongest code there) and `text` (of the strongest such span),
+            by number of spans, then `max`.
+        """
+        columns = ["hook_point", "sae", "feature_id", "shard_id", "context_id", "start", "text", "tokens", "values"]
+        table = tables.read(self.folder / "spans.parquet", columns, filters=[("value", ">", 0)])
+        found: dict[tuple[str, str, int], dict[str, Any]] = {}
+        seen = set()
+        for row in table.filter(tables.contains(table, "text", text)).to_pylist():
+            key = (row["hook_point"], row["sae"], row["feature_id"])
+            strength = _strength_on(text, row["tokens"], row["values"])
+            address = (key, row["shard_id"], row["context_id"], row["start"])
+            if strength == 0 or address in seen:  # the same window may stand in several groups
+                continue
+            seen.add(address)
+            entry = found.setdefault(
+                key, dict(zip(columns, key, strict=False)) | {"num_spans": 0, "max": 0.0, "text": ""}
+            )
+            entry["num_spans"] += 1
+            if strength > entry["max"]:
+                entry["max"], entry["text"] = strength, row["text"]
+        order = sorted(found, key=lambda key: (-found[key]["num_spans"], -found[key]["max"], key))
+        return [found[key] for key in order[:num_features]]
+
+    def in_slice(self, name: str, num_features: int = 50, by: str = "frequency") -> tables.Table:
+        """Rows of `slices` for one slice, by a column of theirs, the greatest first.
+
+        Raises:
+            ConfigError: if there is no such slice or column.
+        """
+        known = sorted(set(self.slices["slice"].to_pylist()))
+        if name not in known:
+            raise ConfigError(f"there is no slice {name!r}; the catalog has {', '.join(known)}")
+        if by not in self.slices.column_names[4:]:
+            raise ConfigError(f"slices have no number {by!r}; they have {', '.join(self.slices.column_names[4:])}")
+        mine = self.slices.filter([one == name for one in self.slices["slice"].to_pylist()])
+        order = [(by, "descending"), ("hook_point", "ascending"), ("sae", "ascending"), ("feature_id", "ascending")]
+        return mine.sort_by(order).slice(0, num_features)
+
+    def codes(self, hook_point: str, sae: str, feature_id: int) -> Iterator[dict[str, Any]]:
+        """Every stored code of a feature with its address, by shard, context and position (needs `codes: keep`).
+
+        Raises:
+            ConfigError: if codes were not kept.
+        """
+        for shard in self._stored(hook_point, sae).of([feature_id]):
+            for row, position, value in zip(shard.row, shard.position, shard.value, strict=True):
+                yield {
+                    "shard_id": shard.shard_id,
+                    "context_id": int(row),
+                    "position": int(position),
+                    "value": float(value),
+                }
+
+    def coactive(self, hook_point: str, sae: str, feature_id: int, num_features: int = 20) -> list[dict[str, Any]]:
+        """The features of the same SAE that fire most surely in the same contexts (needs `codes: keep`).
+
+        Returns:
+            Rows with `feature_id`, `contexts` (where both fire), `context_count` (where it fires) and `jaccard`
+            (both / either), by `jaccard`, then id.
+        """
+        total = int(self._features_of(hook_point, sae).num_rows)
+        alone, together = coactive(self._stored(hook_point, sae), feature_id, total)
+        either = alone[feature_id] + alone - together
+        jaccard = together / np.maximum(either, 1)
+        order = [i for i in np.argsort(-jaccard, kind="stable") if i != feature_id and together[i]]
+        return [
+            {
+                "feature_id": int(i),
+                "contexts": int(together[i]),
+                "context_count": int(alone[i]),
+                "jaccard": float(jaccard[i]),
+            }
+            for i in order[:num_features]
+        ]
+
+    def nearest(self, hook_point: str, sae: str, feature_id: int, num_features: int = 20) -> list[dict[str, Any]]:
+        """The features of the same SAE whose decoder rows point most nearly the same way, with the cosine.
+
+        The SAE is read from where the catalog's config names it.
+
+        Raises:
+            ConfigError: if another SAE lies there now.
+        """
+        config = AnalyzeConfig.model_validate(self.manifest["config"])
+        site = SiteKey(HookPoint.parse(hook_point), sae)
+        loaded = load_saes(config.saes).get(site)
+        if loaded is None or loaded.digest != self.manifest["identity"]["measure"]["saes"][str(site)]:
+            raise ConfigError(f"the SAE {sae} at {hook_point} is no longer where the catalog's config names it")
+        rows = loaded.sae.w_dec.numpy()
+        lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(rows[feature_id])
+        cosine = (rows @ rows[feature_id]) / np.maximum(lengths, np.finfo(np.float32).tiny)
+        order = [i for i in np.argsort(-cosine, kind="stable") if i != feature_id]
+        return [{"feature_id": int(i), "cosine": float(cosine[i])} for i in order[:num_features]]
+
+    def _stored(self, hook_point: str, sae: str) -> StoredCodes:
+        shards = [ShardRecord.model_validate(shard) for shard in self.manifest["shards"]]
+        return StoredCodes(self._blobs, self.manifest["measure_id"], shards, f"{hook_point}/{sae}")
+
+    def _features_of(self, hook_point: str, sae: str) -> tables.Table:
+        return tables.read(
+            self.folder / "features.parquet",
+            ["feature_id"],
+            filters=[("hook_point", "=", hook_point), ("sae", "=", sae)],
+        )
+
     def statistics(self, hook_point: str, sae: str) -> dict[str, np.ndarray]:
         """The arrays of one SAE: counts, fixed-point sums, histogram with its edges."""
         return store.read_tree(self.folder / "statistics.zarr", f"{hook_point}/{sae}")
@@ -146,3 +262,14 @@ class Catalog:
     def _of_key(self, file: str, hook_point: str, sae: str, feature_id: int) -> tables.Table:
         key = [("hook_point", "=", hook_point), ("sae", "=", sae), ("feature_id", "=", feature_id)]
         return tables.read(self.folder / file, filters=key)
+
+
+def _strength_on(text: str, tokens: Sequence[str], values: Sequence[float]) -> float:
+    """The strongest value at a token that holds a part of an occurrence of `text`; 0 if there is none."""
+    ends = np.cumsum([len(token) for token in tokens])
+    starts = np.concatenate([[0], ends[:-1]])
+    whole, best, place = "".join(tokens), 0.0, -1
+    while (place := whole.find(text, place + 1)) >= 0:
+        inside = (starts < place + len(text)) & (ends > place)
+        best = max(best, float(np.max(np.asarray(values)[inside], initial=0.0)))
+    return best

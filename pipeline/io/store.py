@@ -82,6 +82,10 @@ class Pack:
         """What was written beside the arrays."""
         return dict(self._root.attrs)
 
+    def has(self, name: str) -> bool:
+        """Whether there is an array `group/name`."""
+        return f"{name}/zarr.json" in self._names
+
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> np.ndarray:
         """An array `group/name`, or the half-open range of its first axis."""
         try:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
@@ -185,6 +186,11 @@ def _check_footer(path: Path) -> None:
         stored = pa.ipc.read_schema(pa.py_buffer(base64.b64decode((facts.metadata or {}).get(b"ARROW:schema", b""))))
         if rows != facts.num_rows or not file.schema_arrow.equals(stored):
             raise ValueError("its footer contradicts itself")
+
+
+def contains(data: pa.Table, column: str, text: str) -> pa.ChunkedArray:
+    """A mask of the rows whose string holds a text."""
+    return pc.match_substring(data[column], text)
 
 
 def ragged(data: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
