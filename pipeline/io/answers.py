@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.io import tables
+from pipeline.io.blobs import LocalBlobs
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 CSV_COLUMNS = (
@@ -50,6 +51,22 @@ def write(path: Path, records: Iterable[dict[str, Any]], *, many: bool) -> None:
         raise StorageError(f"{path} cannot be written: {error.strerror}") from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Plain rows of one shape as .jsonl, .csv or .parquet, whole or not at all.
+
+    Raises:
+        StorageError: if the disk refuses.
+    """
+    if path.suffix == ".parquet":
+        body = tables.to_bytes(tables.plain(rows))
+    elif path.suffix == ".csv":
+        columns = list(rows[0]) if rows else []
+        body = "".join(map(_csv_line, [columns, *([row[name] for name in columns] for row in rows)])).encode()
+    else:
+        body = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    LocalBlobs(path.parent).put(path.name, body)
 
 
 def _text(suffix: str, records: Iterable[dict[str, Any]], *, many: bool) -> Iterator[str]:

@@ -136,6 +136,11 @@ def from_rows(schema: pa.Schema, rows: Sequence[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=schema)
 
 
+def plain(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """Dicts of one shape as a table whose types are read off the values."""
+    return pa.Table.from_pylist(list(rows))
+
+
 def to_bytes(data: pa.Table) -> bytes:
     """A table as the bytes of one Parquet file."""
     target = io.BytesIO()
