@@ -24,11 +24,12 @@ def job(config: QueryConfig) -> int:
         answers.write_rows(Path(config.out), rows)
         print(f"{len(rows)} rows written to {config.out}", file=sys.stderr)
         return _main.DONE
-    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table(rows) if rows else "nothing found")
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console.print(table(rows, console.width) if rows else "nothing found")
     return _main.DONE
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def table(rows: list[dict[str, Any]], width: int) -> Table:
     """Rows for people: one row stands upright; columns that are the same in all rows are the caption."""
     if len(rows) == 1:
         upright = Table("column", "value")
@@ -38,13 +39,15 @@ def table(rows: list[dict[str, Any]]) -> Table:
     names = [name for name in rows[0] if name not in _HIDDEN]
     same = [name for name in names if all(row[name] == rows[0][name] for row in rows)]
     flat = Table(caption="  ".join(f"{name}: {_cell(rows[0][name])}" for name in same) or None, caption_justify="left")
-    for name in names:
-        if name not in same:
-            number = isinstance(rows[0][name], int | float)
-            width = None if name == "text" else max(len(name), *(len(_cell(row[name])) for row in rows))
-            flat.add_column(name, justify="right" if number else "left", no_wrap=True, min_width=width)
+    shown = [name for name in names if name not in same]
+    widths = {name: max(len(name), *(len(_cell(row[name])) for row in rows)) for name in shown}
+    if "text" in widths:  # it takes what the others leave
+        widths["text"] = max(20, width - sum(n for name, n in widths.items() if name != "text") - 3 * len(shown) - 1)
+    for name in shown:
+        justify: Any = "right" if isinstance(rows[0][name], int | float) else "left"
+        flat.add_column(name, justify=justify, no_wrap=True, width=widths[name])
     for row in rows:
-        flat.add_row(*(Text(_cell(row[name])) for name in names if name not in same))
+        flat.add_row(*(Text(_cell(row[name])) for name in shown))
     return flat
 
 
