@@ -1,9 +1,11 @@
 """Proto-labels say what was planted, nothing about noise, and the same however the work is cut."""
 
+import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.compute import labels
+from pipeline.compute import words as rules
 from pipeline.compute.labels import MAX_CHARACTERS, START, normal_form, proto_label, visible
 from pipeline.compute.words import MIN_COUNT, MIN_Z, NEAR, PLACES, PRIOR, Place, SpanTokens, over_represented
+from pipeline.config import AnalyzeConfig
+from pipeline.flows.analyze import analyze
+from pipeline.flows.catalog import Catalog
 
+SITES = (("blocks.0.hook_resid_post", "early"), ("blocks.1.hook_resid_post", "late"))
+EASY_Z = 0.5
 Found = dict[int, list[tuple[float, str, int, str]]]
 
 
@@ -337,3 +345,55 @@ def test_every_line_is_short_printable_and_names_the_best_word_first(
         assert line.isprintable()
         if peak:
             assert line.removeprefix("‘").startswith(visible(peak[0])[:19])
+
+
+# --- catalogs -----------------------------------------------------------------------------------------------
+
+
+def column(catalog: Catalog, site: tuple[str, str]) -> dict[int, str | None]:
+    rows = catalog.features.to_pylist()
+    return {row["feature_id"]: row["proto_label"] for row in rows if (row["hook_point"], row["sae"]) == site}
+
+
+def analyzed(config: AnalyzeConfig) -> Catalog:
+    """The catalog, with a bound under which even the random SAEs of the tiny world have words."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rules, "MIN_Z", EASY_Z)
+        return analyze(config, lambda line: None).catalog
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, analyze_config: Callable[..., Any]) -> tuple[AnalyzeConfig, Catalog]:
+    config = analyze_config(tmp_path_factory.mktemp("labels"))
+    return config, analyzed(config)
+
+
+@pytest.mark.parametrize("site", SITES, ids=["early", "late"])
+def test_the_labels_of_a_catalog_are_those_of_its_spans(
+    made: tuple[AnalyzeConfig, Catalog], site: tuple[str, str]
+) -> None:
+    catalog, found = made[1], column(made[1], site)
+    spans, seen = [], set()
+    for feature in found:
+        for row in catalog.spans(*site, feature).to_pylist():
+            context = (row["shard_id"], row["context_id"])
+            address = (feature, context, row["position"])
+            if row["group"] not in ("low_activating", "non_activating") and address not in seen:
+                seen.add(address)
+                peak = row["position"] - row["start"]
+                spans.append(Span(feature=feature, context=hash(context), peak=peak, tokens=tuple(row["tokens"])))
+    assert list(found.values()) == slow_labels(spans, len(found), EASY_Z)
+    dead = [row["feature_id"] for row in catalog.features.to_pylist() if row["dead"] and row["sae"] == site[1]]
+    assert dead
+    assert all(found[feature] is None for feature in dead)
+    assert sum(line is not None for line in found.values()) > len(found) / 2
+
+
+def test_a_reduce_that_is_done_again_gives_the_same_labels(
+    made: tuple[AnalyzeConfig, Catalog], tmp_path: Path, analyze_config: Callable[..., Any]
+) -> None:
+    config, catalog = made
+    shutil.copytree(config.store.root, tmp_path / "again", ignore=lambda folder, names: {"catalogs"} & set(names))
+    again = analyzed(analyze_config(tmp_path / "again"))
+    assert again.digest == catalog.digest
+    assert all(column(again, site) == column(catalog, site) for site in SITES)

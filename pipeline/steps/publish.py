@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.compute import fixed, scores, stats
+from pipeline.compute import fixed, labels, scores, stats
 from pipeline.io import store, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import Receipt, canonical
@@ -77,6 +77,7 @@ class Draft:
             columns = self._joined(index, lambda result: result.features)
             scored = scores.score(columns, score)
             num_features = len(scored)
+            words = [result.words for result in self._results if result.task.site == index]
             yield tables.table(
                 tables.FEATURES,
                 columns
@@ -88,7 +89,7 @@ class Draft:
                     "stream": [site.hook_point.stream] * num_features,
                     "rank": scores.ranks(scored),
                     "score": scored,
-                    "proto_label": [None] * num_features,
+                    "proto_label": labels.proto_labels(labels.joined(words)),
                     "label": [None] * num_features,
                     "decoder_norm": self._norms[site].astype(np.float64),
                 },

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from pipeline.compute import stats as statistics
+from pipeline.compute.labels import Tally
 from pipeline.compute.samples import Entries, Kept, Samples, exponent_of, joined
 from pipeline.compute.stats import FeatureStats
 from pipeline.config import ModelConfig, SamplingConfig
@@ -19,7 +20,7 @@ from pipeline.io.blobs import LocalBlobs
 from pipeline.io.model import Tokenizer
 from pipeline.io.store import FEATURE_CHUNK
 from pipeline.records import Receipt
-from pipeline.steps import layout
+from pipeline.steps import labels, layout
 from pipeline.steps.partial import RangeTask, opened
 from pipeline.steps.shard import LOW_OCTAVES, sample_sizes
 from pipeline.steps.spans import Ragged, SpanAddresses, attach, take_ranges
@@ -41,6 +42,8 @@ class RangeResult:
     """Rows of `spans.parquet`."""
     arrays: dict[str, np.ndarray]
     """For `statistics.zarr`."""
+    words: Tally
+    """For proto-labels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,13 +109,14 @@ class Reducer:
         num_tokens = sum(counted.values())
         num_contexts = sum(receipt.contexts[point] for receipt in receipts)
         self._check(task, whole, samples, num_tokens)
-        spans, collapsed = self._spans(task, site, samples)
+        spans, collapsed, words = self._spans(task, site, samples)
         return RangeResult(
             task=task,
             features=_feature_columns(whole, num_tokens, num_contexts),
             slices=_slice_rows(site, task.start, by_slice, counted),
             spans=spans,
             arrays=whole.arrays() | {"spans_collapsed": collapsed},
+            words=words,
         )
 
     def _check(self, task: RangeTask, whole: FeatureStats, samples: Samples, num_tokens: int) -> None:
@@ -124,14 +128,13 @@ class Reducer:
             site = self._settings.sites[task.site]
             raise CorruptError(f"{error} (features from {task.start} of {site})") from error
 
-    def _spans(self, task: RangeTask, site: SiteKey, samples: Samples) -> tuple[bytes, Int64[np.ndarray, "F G"]]:
-        """Span rows of the range, and how many near duplicates each group of each feature lost."""
+    def _spans(self, task: RangeTask, site: SiteKey, samples: Samples) -> tuple[bytes, Int64[np.ndarray, "F G"], Tally]:
+        """Span rows of the range, how many near duplicates each group of each feature lost, and words of the rest."""
         names = group_names(self._settings.sampling)
         addresses = self._addresses(task, samples)
         codes, positions = self._codes(task, addresses)
-        shown = replace(addresses, feature=addresses.feature + task.start)
         table, dropped = attach(
-            shown,
+            replace(addresses, feature=addresses.feature + task.start),
             codes,
             positions,
             blobs=self._blobs,
@@ -146,7 +149,9 @@ class Reducer:
         )
         collapsed = np.zeros((task.num_features, len(names)), np.int64)
         np.add.at(collapsed, (addresses.feature[dropped], addresses.group[dropped]), 1)
-        return tables.ipc_bytes(table), collapsed
+        rest = addresses.where(np.delete(np.arange(len(addresses.row)), dropped))
+        words = labels.tally(rest, table, self._tokenizer, names.index("low_activating"), task.num_features)
+        return tables.ipc_bytes(table), collapsed, words
 
     def _addresses(self, task: RangeTask, samples: Samples) -> SpanAddresses:
         """All spans of the range by feature (from 0), group and rank."""
