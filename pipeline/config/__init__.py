@@ -16,6 +16,7 @@ from pipeline.config.sections import (
     StoreConfig,
 )
 from pipeline.config.serve import ServeConfig
+from pipeline.config.sweep import SweepConfig
 
 __all__ = [
     "AnalyzeConfig",
@@ -33,6 +34,7 @@ __all__ = [
     "Section",
     "ServeConfig",
     "StoreConfig",
+    "SweepConfig",
     "TauConfig",
     "VerifyConfig",
 ]

@@ -66,6 +66,11 @@ class Catalog:
         """All of `slices.parquet`."""
         return tables.read(self.folder / "slices.parquet")
 
+    def of_sae(self, hook_point: str, sae: str) -> tables.Table:
+        """Rows of `features` of one SAE, by feature id."""
+        key = [("hook_point", "=", hook_point), ("sae", "=", sae)]
+        return tables.read(self.folder / "features.parquet", filters=key)
+
     def feature(self, hook_point: str, sae: str, feature_id: int) -> dict[str, Any]:
         """The row of one feature.
 
@@ -210,8 +215,7 @@ class Catalog:
             Rows with `feature_id`, `contexts` (where both fire), `context_count` (where it fires) and `jaccard`
             (both / either), by `jaccard`, then id.
         """
-        total = int(self._features_of(hook_point, sae).num_rows)
-        alone, together = coactive(self._stored(hook_point, sae), feature_id, total)
+        alone, together = coactive(self._stored(hook_point, sae), feature_id, self.of_sae(hook_point, sae).num_rows)
         either = alone[feature_id] + alone - together
         jaccard = together / np.maximum(either, 1)
         order = [i for i in np.argsort(-jaccard, kind="stable") if i != feature_id and together[i]]
@@ -247,13 +251,6 @@ class Catalog:
     def _stored(self, hook_point: str, sae: str) -> StoredCodes:
         shards = [ShardRecord.model_validate(shard) for shard in self.manifest["shards"]]
         return StoredCodes(self._blobs, self.manifest["measure_id"], shards, f"{hook_point}/{sae}")
-
-    def _features_of(self, hook_point: str, sae: str) -> tables.Table:
-        return tables.read(
-            self.folder / "features.parquet",
-            ["feature_id"],
-            filters=[("hook_point", "=", hook_point), ("sae", "=", sae)],
-        )
 
     def statistics(self, hook_point: str, sae: str) -> dict[str, np.ndarray]:
         """The arrays of one SAE: counts, fixed-point sums, histogram with its edges."""

@@ -114,6 +114,23 @@ FOUND = pa.schema(
         pa.field("id", pa.string()),
     ]
 )
+SWEEPS = pa.schema(
+    [
+        pa.field("entry", pa.string()),
+        pa.field("started_at", pa.timestamp("us", tz="UTC")),
+        pa.field("finished_at", pa.timestamp("us", tz="UTC")),
+        pa.field("status", pa.string()),
+        pa.field("catalog", pa.string()),
+        pa.field("snapshot", pa.int32()),
+        pa.field("digest", pa.string()),
+        pa.field("message", pa.string()),
+        pa.field(
+            "statistics",
+            pa.list_(pa.struct([pa.field("statistic", pa.string()), pa.field("value", pa.float64())])),
+        ),
+        pa.field("alerts", pa.list_(pa.string())),
+    ]
+)
 Table = pa.Table
 ROWS_PER_GROUP = 4096
 
