@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 
 from pipeline.compute import fixed
-from pipeline.compute.codes import Codes, concatenate, empty
+from pipeline.compute.codes import Codes, concatenate, empty, of_pairs
 from pipeline.compute.samples import Samples, SampleSizes
 from pipeline.compute.stats import FeatureStats
 from pipeline.errors import ShardError
@@ -117,7 +117,7 @@ class SiteCensus:
         self._samples.add(codes, seed=self._seed, shard_key=self._shard_key, counted_rows=rows)
         if self._keep_codes:
             self._all.append(codes)
-        self._evidence.append(_of_pairs(codes, self._kept_pairs(since=int(rows.min(initial=(1 << 31) - 1)))))
+        self._evidence.append(of_pairs(codes, self._kept_pairs(since=int(rows.min(initial=(1 << 31) - 1)))))
         if sum(map(len, self._evidence)) > self._evidence_limit:
             self._compact()
             self._evidence_limit = max(self._evidence_limit, 2 * len(self._evidence[0]))
@@ -137,7 +137,7 @@ class SiteCensus:
 
     def _compact(self) -> None:
         every = concatenate(self._evidence, self._num_positions) if self._evidence else empty()
-        self._evidence = [_of_pairs(every, self._kept_pairs())]
+        self._evidence = [of_pairs(every, self._kept_pairs())]
 
     def _evidence_arrays(self) -> dict[str, np.ndarray]:
         """Codes of the contexts of kept samples: pairs by feature and row, codes by pair."""
@@ -163,14 +163,3 @@ class SiteCensus:
             "silent_start": np.cumsum([0, *map(len, features)]),
             "silent_feature": np.concatenate([np.zeros(0, np.int32), *features]),
         }
-
-
-def _of_pairs(codes: Codes, pairs: Int64[np.ndarray, " P"]) -> Codes:
-    """The codes whose (feature, row) is among sorted packed pairs."""
-    starts = codes.context_starts()
-    key = (codes.feature[starts].astype(np.int64) << 32) | codes.row[starts]
-    place = np.searchsorted(pairs, key)
-    hit = np.zeros(len(key), bool)
-    inside = place < len(pairs)
-    hit[inside] = pairs[place[inside]] == key[inside]
-    return codes.where(np.repeat(hit, np.diff(np.append(starts, len(codes)))))

@@ -89,6 +89,17 @@ def concatenate(parts: Sequence[Codes], num_positions: int) -> Codes:
     )
 
 
+def of_pairs(codes: Codes, pairs: Int64[np.ndarray, " P"]) -> Codes:
+    """The codes whose (feature, row) is among `pairs`, packed as feature << 32 | row and sorted."""
+    starts = codes.context_starts()
+    key = (codes.feature[starts].astype(np.int64) << 32) | codes.row[starts]
+    place = np.searchsorted(pairs, key)
+    hit = np.zeros(len(key), bool)
+    inside = place < len(pairs)
+    hit[inside] = pairs[place[inside]] == key[inside]
+    return codes.where(np.repeat(hit, np.diff(np.append(starts, len(codes)))))
+
+
 def empty() -> Codes:
     """No codes at all."""
     ints = np.zeros(0, np.int32)

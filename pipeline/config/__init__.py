@@ -1,6 +1,7 @@
 """The whole config of every job as frozen values; the same models validate commands, YAML and HTTP bodies."""
 
 from pipeline.config.analyze import AnalyzeConfig, VerifyConfig
+from pipeline.config.analyzer import FeatureAnalyzerConfig
 from pipeline.config.discover import DiscoverRequest, DiscoveryConfig, TauConfig
 from pipeline.config.sections import (
     BatchConfig,
@@ -26,6 +27,7 @@ __all__ = [
     "CorpusConfig",
     "DiscoverRequest",
     "DiscoveryConfig",
+    "FeatureAnalyzerConfig",
     "MasksConfig",
     "ModelConfig",
     "RankingConfig",
