@@ -3,7 +3,7 @@
 import sys
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -80,16 +80,30 @@ def _problem(code: int, field: str | None, message: str, headers: Any = None) ->
     return JSONResponse(body.model_dump(), status_code=code, headers=headers)
 
 
+class LocalHosts:
+    """Refuses requests under a host name that is not of this machine: a page of a stranger may bring its own."""
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]):
+        self._app, self._names = app, names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and Request(scope).url.hostname not in self._names:
+            await _problem(400, None, "this host name is not served")(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
 def answer_errors(api: FastAPI) -> None:
     """Every error as `Problems`."""
 
     @api.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        if error.errors()[0]["type"] == "json_invalid":
+            return _problem(400, None, "the body is not JSON")
         problems = [
             Problem(field=".".join(map(str, e["loc"][1:])) or "prompt", message=e["msg"]) for e in error.errors()
         ]
-        code = 400 if error.errors()[0]["type"] == "json_invalid" else 422
-        return JSONResponse(Problems(errors=problems).model_dump(), status_code=code)
+        return JSONResponse(Problems(errors=problems).model_dump(), status_code=422)
 
     @api.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:

@@ -89,7 +89,7 @@ def sentence(model: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return unknown_key(key, model)
     reason = first["msg"].removeprefix("Value error, ")
-    return f"{key or 'config'} is {first['input']!r}: {reason}" if key else reason
+    return f"{key or 'config'} is {first['input']!r:.200}: {reason}" if key else reason
 
 
 def _hydra_sentence(error: Exception, model: type[BaseModel]) -> str:

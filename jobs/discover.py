@@ -75,7 +75,10 @@ def _batch(given: dict[str, Any], config: DiscoveryConfig, request: dict[str, An
         raise ConfigError("--prompts_file needs --out, as --out answers.jsonl")
     if "prompt" in request or "text" in request:
         raise ConfigError("give --prompts_file, or --prompt, or --text: one of them")
-    cluster = ClusterConfig(workers=given["workers"], threads_per_worker=config.threads)
+    try:
+        cluster = ClusterConfig(workers=given["workers"], threads_per_worker=config.threads)
+    except pydantic.ValidationError as error:
+        raise ConfigError(_main.sentence(ClusterConfig, error)) from error
     report = discover_batch(config, request, Path(given["prompts_file"]), out, cluster)
     num_errors = 0
 

@@ -9,19 +9,19 @@ import asyncio
 import hmac
 import re
 import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import uvicorn
-from fastapi import APIRouter, Depends, FastAPI, HTTPException
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, Field
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from jobs import _main
-from jobs._http import RESPONSES, BodyLimit, answer_errors
+from jobs._http import RESPONSES, BodyLimit, LocalHosts, answer_errors
 from pipeline.config import DiscoverRequest, ServeConfig
 from pipeline.config.serve import LOOPBACK, LimitsConfig
 from pipeline.errors import ConfigError, RequestError
@@ -65,9 +65,7 @@ def make_app(config: ServeConfig, discoverer: Discoverer) -> FastAPI:
     bearer = HTTPBearer(auto_error=False)
 
     def authorised(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        if config.token is not None and not (
-            given and hmac.compare_digest(given.credentials.encode(), config.token.encode())
-        ):
+        if not (given and hmac.compare_digest(given.credentials.encode(), (config.token or "").encode())):
             raise HTTPException(401, "a token is needed: Authorization: Bearer …", {"WWW-Authenticate": "Bearer"})
 
     @api.get("/v1/health")
@@ -77,14 +75,14 @@ def make_app(config: ServeConfig, discoverer: Discoverer) -> FastAPI:
             status="ok", version=version("sae-census"), model_id=discoverer.model_id, saes=discoverer.describe()
         )
 
-    guarded = APIRouter(prefix="/v1", dependencies=[Depends(authorised)])
+    guarded = APIRouter(prefix="/v1", dependencies=[Depends(authorised)] if config.token else [])
     _offer_discovery(guarded, _Queue(discoverer, config.limits))
     _offer_catalogs(guarded, _Catalogs(config.store.root))
     api.include_router(guarded)
     answer_errors(api)
     api.add_middleware(BodyLimit, max_bytes=config.limits.body_bytes)
     if config.host in LOOPBACK:  # a page of a stranger must not reach us under a name of its own
-        api.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]", "testserver"])
+        api.add_middleware(LocalHosts, names=LOOPBACK)
     return api
 
 
@@ -92,9 +90,9 @@ def _offer_discovery(routes: APIRouter, queue: "_Queue") -> None:
     example = {"requestBody": {"content": {"application/json": {"example": _EXAMPLE}}}}
 
     @routes.post("/sae/features/discover", openapi_extra=example)
-    async def discover(request: DiscoverRequest) -> Discovery:
+    async def discover(request: DiscoverRequest, http: Request) -> Discovery:
         """Find the features that a prompt or text uses, with scores and evidence."""
-        return await queue.run(request)
+        return await queue.run(request, http.is_disconnected)
 
 
 def _offer_catalogs(routes: APIRouter, catalogs: "_Catalogs") -> None:
@@ -143,9 +141,10 @@ class _Queue:
     def __init__(self, discoverer: Discoverer, limits: LimitsConfig):
         self._discoverer, self._limits = discoverer, limits
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="discover")
+        self._turn = asyncio.Lock()
         self._admitted = 0
 
-    async def run(self, request: DiscoverRequest) -> Discovery:
+    async def run(self, request: DiscoverRequest, is_gone: Callable[[], Awaitable[bool]]) -> Discovery:
         limits = self._limits
         if request.gen_tokens > limits.gen_tokens and request.prompt is not None and request.generate:
             raise RequestError(f"this server generates at most {limits.gen_tokens} tokens", "gen_tokens")
@@ -153,7 +152,10 @@ class _Queue:
             raise HTTPException(429, "too many requests wait", {"Retry-After": "5"})
         self._admitted += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, self._answer, request)
+            async with self._turn:
+                if await is_gone():  # nobody waits for the answer any more
+                    raise HTTPException(400, "the client hung up")
+                return await asyncio.get_running_loop().run_in_executor(self._pool, self._answer, request)
         finally:
             self._admitted -= 1
 

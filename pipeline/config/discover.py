@@ -1,8 +1,9 @@
 """One discovery request: the same model validates the command line, the lines of a batch and the HTTP body."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from pipeline.config.sections import EMBEDDED_SAES, ModelConfig, SaeConfig, Section
@@ -17,10 +18,29 @@ def _one_name(name: object) -> object:
     return "mean×coverage" if name in ("mean*coverage", "mean_x_coverage") else name
 
 
+def _just(name: str) -> dict[str, Any]:
+    return {"required": [name], "properties": {name: {"type": "string"}}}
+
+
+_QUANTILE: JsonDict = {
+    "if": {"required": ["mode"], "properties": {"mode": {"const": "quantile"}}},
+    "then": {"required": ["value"], "properties": {"value": {"exclusiveMinimum": 0, "exclusiveMaximum": 1}}},
+}
+
+
+def _with_integers(value: object) -> object:
+    """1.0 as 1: JSON does not tell them apart, and its schema calls both integers."""
+    if isinstance(value, dict):
+        return {key: _with_integers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_integers(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class TauConfig(Section):
     """The threshold above which a token counts for coverage."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, json_schema_extra=_QUANTILE)
 
     mode: Literal["p95", "p95_nonzero", "quantile", "constant"] = "p95"
     """Quantile of the feature's codes in the catalog: p95 over all counted tokens, p95_nonzero over firing ones,
@@ -38,11 +58,11 @@ class TauConfig(Section):
 class DiscoverRequest(Section):
     """Find the features that a prompt or text uses."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, json_schema_extra={"oneOf": [_just("text"), _just("prompt")]})
 
-    model_id: str | None = None
+    model_id: str | None = Field(default=None, max_length=4096)
     """The language model; null: the one that is loaded."""
-    sae_id: str | None = None
+    sae_id: str | None = Field(default=None, max_length=4096)
     """The SAE or set of SAEs; null: all that are loaded."""
     text: str | None = Field(default=None, min_length=1, max_length=1 << 20)
     """Raw text to analyse. Give this or prompt."""
@@ -104,6 +124,7 @@ class DiscoverRequest(Section):
     @model_validator(mode="before")
     @classmethod
     def _alias(cls, given: object) -> object:
+        given = _with_integers(given)
         if isinstance(given, dict) and "min_coverage" in given:
             if "min_coverage_pct" in given:
                 raise PydanticCustomError("twice", "min_coverage is another name of min_coverage_pct; give one of them")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from pipeline.io.blobs import LocalBlobs
 from pipeline.io.memo import ArrayCache
 from pipeline.io.model import choose_device, choose_dtype, model_facts
 from pipeline.records import digest_of
-from pipeline.steps.background import load_backgrounds, read_labels
+from pipeline.steps.background import load_backgrounds, read_labels, snapshot_folder
 from pipeline.steps.cluster import run_tasks
 from pipeline.steps.discoverer import Discoverer
 from pipeline.steps.progress import Voice
-from pipeline.steps.reader import Reader
+from pipeline.steps.reader import Reader, load_saes
 from pipeline.steps.requests import Loaded
 from pipeline.types import SiteKey
 
@@ -125,9 +126,11 @@ class BatchWorker:
         asked: list[tuple[int, DiscoverRequest]] = []
         for i, line in enumerate(lines):
             try:
-                given = _prompt_of(line)
+                given = _record_of(line)
                 if "id" in given:
                     records[i]["id"] = given.pop("id")
+                if not given:
+                    raise RequestError('expected {"prompt": …}, {"text": …} or a string', "line")
                 asked.append((i, DiscoverRequest.model_validate(self._batch.request | given)))
             except (RequestError, ValidationError) as error:
                 records[i]["error"] = _why(error)
@@ -138,21 +141,22 @@ class BatchWorker:
         return len(records)
 
 
-def _prompt_of(line: bytes) -> dict[str, Any]:
-    """The prompt or text of a line, and its id: an object with them (other keys are left aside), or a string.
+def _record_of(line: bytes) -> dict[str, Any]:
+    """Of a line the prompt or text, and the id, if they are there; a string is a prompt, other keys are left aside.
 
     Raises:
-        RequestError: if it is neither.
+        RequestError: if it is neither an object nor a string.
     """
     if len(line) > MAX_LINE_BYTES:
         raise RequestError(f"the line has {len(line)} bytes, more than {MAX_LINE_BYTES}", "line")
     try:
         record = json.loads(line)
-    except ValueError as error:
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"not JSON: {error}", "line") from error
     if isinstance(record, str):
         return {"prompt": record}
-    if not isinstance(record, dict) or not record.keys() & {"prompt", "text"}:
+    if not isinstance(record, dict):
         raise RequestError('expected {"prompt": …}, {"text": …} or a string', "line")
     return {name: record[name] for name in ("prompt", "text", "id") if name in record}
 
@@ -217,7 +221,7 @@ def discover_batch(
     if not chunks:
         raise SourceError(f"the file {prompts} has no line")
     _check(request)
-    settings = [digest, request, config.model_dump(mode="json", exclude={"cache_mb"}), CHUNK_LINES]
+    settings = [digest, request, config.model_dump(mode="json", exclude={"cache_mb"}), CHUNK_LINES, _contents(config)]
     folder = out.with_name(f".{out.name}.{digest_of(settings)[:12]}")
     blobs = LocalBlobs(folder)
     left = [chunk for chunk in chunks if not blobs.exists(chunk.key)]
@@ -241,6 +245,25 @@ def discover_batch(
         num_resumed=num_lines - sum(chunk.num_lines for chunk in left),
         seconds=time.monotonic() - began,
     )
+
+
+def _contents(config: DiscoveryConfig) -> list[str]:
+    """Digests of the files that the config names: what lies at a path may change between two runs."""
+    model, files = config.model, []
+    if config.labels is not None:
+        files.append(Path(config.labels).expanduser())
+    if config.catalog is not None:
+        files.append(snapshot_folder(config.catalog) / "manifest.json")
+    try:
+        bodies = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    except OSError as error:
+        raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return [
+        version("sae-census"),
+        model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code).digest,
+        *(f"{site} {loaded.digest}" for site, loaded in load_saes(config.saes).items()),
+        *bodies,
+    ]
 
 
 def _check(request: dict[str, Any]) -> None:

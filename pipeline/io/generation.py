@@ -33,8 +33,7 @@ def next_token_entropy(model: LanguageModel, hidden: Float[Tensor, "B T D"]) -> 
             logits = head(tile).float()
             if cap:
                 logits = torch.tanh(logits / cap) * cap
-            log_p = logits.log_softmax(dim=1)
-            found.append(-(log_p.exp() * log_p).sum(dim=1).cpu())
+            found.append(torch.special.entr(logits.softmax(dim=1)).sum(dim=1).cpu())
     return torch.cat(found).view(hidden.shape[:2])
 
 
@@ -68,7 +67,9 @@ def generate(
     """
     from transformers import GenerationConfig
 
-    ends = _end_ids(model)
+    ends = end_ids(model)
+    # What is not said in `config` is taken from the checkpoint's own: penalties, beams, time limits, stop strings.
+    model.inner.generation_config = GenerationConfig(eos_token_id=ends or None)
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -88,7 +89,8 @@ def generate(
     return [_until_end(row, ends) for row in whole[:, longest:].tolist()]
 
 
-def _end_ids(model: LanguageModel) -> list[int]:
+def end_ids(model: LanguageModel) -> list[int]:
+    """The tokens that end a continuation."""
     ends = model.inner.generation_config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 

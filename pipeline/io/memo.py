@@ -36,7 +36,8 @@ class ArrayCache:
             self.misses += 1
             return None
         if hashlib.sha256(body[32:]).digest() != body[:32]:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             self.misses += 1
             return None
         with contextlib.suppress(OSError):
@@ -59,7 +60,8 @@ class ArrayCache:
             draft.write_bytes(hashlib.sha256(body).digest() + body)
             draft.replace(path)
         except OSError:
-            draft.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                draft.unlink()
             return
         self._make_room(len(body) + 32)
 
@@ -72,7 +74,7 @@ class ArrayCache:
             self._num_bytes += added
             return
         entries = []
-        for path in self._folder.iterdir():
+        for path in self._folder.glob("*"):
             with contextlib.suppress(OSError):
                 stat = path.stat()
                 entries.append((stat.st_mtime_ns, stat.st_size, path))

@@ -33,7 +33,10 @@ def choose_device(name: str) -> torch.device:
     """`auto` is the first CUDA device where there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"model.device {name!r} is none; expected auto, cpu or cuda") from error
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -126,9 +126,15 @@ class Codebook:
         with torch.inference_mode():
             codes = {site: _by_row(self._reader.saes[site].encode(got[site.hook_point]), rows) for site in sites}
         for row, ids in enumerate(rows):
+            numbers = [split[row].value for split in codes.values()]
+            if entropies is not None:
+                numbers.append(entropies[row, : len(ids)].numpy())
             broken = [str(p) for p, norm in norms.items() if not np.isfinite(norm[row, : len(ids)]).all()]
             if broken:
                 yield ShardError(f"activations at {', '.join(broken)} are NaN or infinite; try another dtype")
+                continue
+            if not all(np.isfinite(values).all() for values in numbers):
+                yield ShardError("a code or an entropy is NaN or infinite; try another dtype")
                 continue
             yield Read(
                 codes={site: split[row] for site, split in codes.items()},

@@ -105,7 +105,8 @@ class Discoverer:
     def _continued(self, request: DiscoverRequest, sequence: Tokens, deadline: float | None) -> Tokens:
         """The sequence with its continuation, which the cache may know."""
         sampling = (request.temperature, request.top_p, request.seed) if request.do_sample else None
-        key = [self._loaded.identity, "generated", sequence.ids, request.gen_tokens, sampling]
+        ends = generation.end_ids(self._loaded.reader.model)
+        key = [self._loaded.identity, "generated", sequence.ids, request.gen_tokens, sampling, ends]
         known = self._cache.get(key) if self._cache else None
         if known is None:
             known = {"ids": np.array(self._generated(request, [sequence], deadline)[0], np.int64)}

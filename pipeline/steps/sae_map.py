@@ -51,7 +51,7 @@ def _entries(path: Path, content: Any) -> Iterator[SaeConfig]:
     for key, value in content.items():
         inner = {f"{key}/{stream}": sae for stream, sae in value.items()} if isinstance(value, dict) else {key: value}
         for place, sae in inner.items():
-            if not isinstance(sae, str):
+            if not isinstance(sae, str) or not sae:
                 raise ConfigError(f"{path}: {place} maps to {sae!r}; expected the path of an SAE")
             beside = path.parent / sae
             where = str(beside) if beside.exists() else sae
@@ -63,7 +63,10 @@ def _hook_point(path: Path, place: str) -> str:
     if found is None and place.isdigit():
         raise ConfigError(f"{path}: say the stream, too, as {place}/resid_pre: one layer has many")
     if found is None:
-        return str(HookPoint.parse(place))
+        try:
+            return str(HookPoint.parse(place))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
     stream = next((stream for stream in STREAMS if stream == found[2]), None)
     if stream is None:
         raise ConfigError(f"{path}: {place!r} names no stream; expected one of {', '.join(STREAMS)}")

@@ -58,9 +58,9 @@ def sequence_of(request: DiscoverRequest, tokenizer: Tokenizer, max_tokens: int)
     if len(ids) > room and not (request.truncate and room > 0):
         more = f" beside gen_tokens={request.gen_tokens}" if mode == "prompt+gen" else ""
         raise RequestError(
-            f"{field} has {len(ids)} tokens, and there is room for {max(room, 0)}{more}; shorten it or use "
-            "truncate=true",
-            field,
+            f"{field} has {len(ids)} tokens, and there is room for {max(room, 0)}{more}; "
+            + ("shorten it or use truncate=true" if room > 0 else "ask for fewer gen_tokens"),
+            field if room > 0 else "gen_tokens",
         )
     text = given if len(ids) <= room else given[: chars[room - 1][1]]
     return Sequence(mode=mode, ids=ids[:room], chars=chars[:room], text=text, num_truncated=max(len(ids) - room, 0))
@@ -68,7 +68,11 @@ def sequence_of(request: DiscoverRequest, tokenizer: Tokenizer, max_tokens: int)
 
 def continued(sequence: Sequence, generated: Many[int], tokenizer: Tokenizer) -> Sequence:
     """The sequence with its continuation."""
-    texts = tokenizer.decode_many([generated[:n] for n in range(1, len(generated) + 1)])
+    # After the last token of the prompt, because decoders strip the space before a text's first word.
+    last = sequence.ids[-1]
+    skipped = len(tokenizer.decode_many([[last]])[0])
+    rows = [[last, *generated[:n]] for n in range(1, len(generated) + 1)]
+    texts = [text[skipped:] for text in tokenizer.decode_many(rows)]
     # A prefix may end inside a character, which then shows as �: it belongs to the token that completes it.
     ends = [len(sequence.text) + len(text.rstrip("\ufffd")) for text in texts]
     whole = sequence.text + (texts[-1] if texts else "")
