@@ -1,26 +1,30 @@
 """SAE Census: corpus statistics of sparse-autoencoder features.
 
-For notebooks: `analyze`, `AnalyzeConfig`, `Catalog`, `load_sae`, `HookPoint`, `FeatureAnalyzer`,
-`FeatureAnalyzerConfig`. Names are imported when first used, so that `import pipeline` costs nothing.
+What notebooks use is exported here; names are imported when first used, so that `import pipeline` costs nothing.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.config import AnalyzeConfig, FeatureAnalyzerConfig
+    from pipeline.config import AnalyzeConfig, DirectLogitAttributorConfig, FeatureAnalyzerConfig
     from pipeline.flows.analyze import analyze
     from pipeline.flows.catalog import Catalog
     from pipeline.flows.feature_analyzer import FeatureAnalyzer
     from pipeline.io.checkpoints import load_sae
+    from pipeline.io.model import LanguageModel
+    from pipeline.steps.logits import DirectLogitAttributor
     from pipeline.types import HookPoint
 
 __all__ = [
     "AnalyzeConfig",
     "Catalog",
+    "DirectLogitAttributor",
+    "DirectLogitAttributorConfig",
     "FeatureAnalyzer",
     "FeatureAnalyzerConfig",
     "HookPoint",
+    "LanguageModel",
     "analyze",
     "load_sae",
 ]
@@ -30,7 +34,10 @@ _HOMES = {
     "Catalog": "pipeline.flows.catalog",
     "FeatureAnalyzer": "pipeline.flows.feature_analyzer",
     "FeatureAnalyzerConfig": "pipeline.config",
+    "DirectLogitAttributor": "pipeline.steps.logits",
+    "DirectLogitAttributorConfig": "pipeline.config",
     "HookPoint": "pipeline.types",
+    "LanguageModel": "pipeline.io.model",
     "analyze": "pipeline.flows.analyze",
     "load_sae": "pipeline.io.checkpoints",
 }

@@ -147,7 +147,7 @@ class SparseAutoencoder:
             part = slice(start, min(start + step, self.num_features))
             pre = torch.addmm(self.b_enc[part], u, self.w_enc[:, part])
             if isinstance(self.gate, TopK):
-                value, index = _largest(pre, self.gate.k)
+                value, index = largest(pre, self.gate.k)
                 tiles.append((value, index + start))
             else:
                 z = self._elementwise(pre, part)
@@ -158,7 +158,7 @@ class SparseAutoencoder:
             return token, feature, torch.cat([value for value, _ in tiles])
         values, features = (torch.cat(column, dim=1) for column in zip(*tiles, strict=True))
         if len(tiles) > 1:  # the k best of all tiles are among the k best of each
-            values, index = _largest(values, self.gate.k)
+            values, index = largest(values, self.gate.k)
             features = features.gather(1, index)
         token = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
         if values.min() > 0:  # nearly always: k features of a token are positive
@@ -199,7 +199,7 @@ def _lengths(rows: Float[Tensor, "N M"]) -> Float[Tensor, " N"]:
     return lengths
 
 
-def _largest(pre: Float[Tensor, "N M"], k: int) -> tuple[Float[Tensor, "N k"], Int64[Tensor, "N k"]]:
+def largest(pre: Float[Tensor, "N M"], k: int) -> tuple[Float[Tensor, "N k"], Int64[Tensor, "N k"]]:
     """The k largest of each row with their columns, columns ascending; the lowest columns win a tie."""
     if k >= pre.shape[1]:
         return pre, torch.arange(pre.shape[1], device=pre.device).expand_as(pre)

@@ -2,12 +2,14 @@
 
 from pipeline.config.analyze import AnalyzeConfig, VerifyConfig
 from pipeline.config.analyzer import FeatureAnalyzerConfig
+from pipeline.config.attribute import AttributeConfig, DirectLogitAttributorConfig
 from pipeline.config.discover import DiscoverRequest, DiscoveryConfig, TauConfig
 from pipeline.config.sections import (
     BatchConfig,
     CatalogConfig,
     ClusterConfig,
     CorpusConfig,
+    LogitsConfig,
     MasksConfig,
     ModelConfig,
     RankingConfig,
@@ -21,13 +23,16 @@ from pipeline.config.sweep import SweepConfig
 
 __all__ = [
     "AnalyzeConfig",
+    "AttributeConfig",
     "BatchConfig",
     "CatalogConfig",
     "ClusterConfig",
     "CorpusConfig",
+    "DirectLogitAttributorConfig",
     "DiscoverRequest",
     "DiscoveryConfig",
     "FeatureAnalyzerConfig",
+    "LogitsConfig",
     "MasksConfig",
     "ModelConfig",
     "RankingConfig",

@@ -14,6 +14,7 @@ from pipeline.config.sections import (
     CatalogConfig,
     ClusterConfig,
     CorpusConfig,
+    LogitsConfig,
     MasksConfig,
     ModelConfig,
     RankingConfig,
@@ -33,6 +34,7 @@ class AnalyzeConfig(Section):
     masks: MasksConfig = MasksConfig()
     sampling: SamplingConfig = SamplingConfig()
     ranking: RankingConfig = RankingConfig()
+    logits: LogitsConfig = LogitsConfig()
     batch: BatchConfig = BatchConfig()
     cluster: ClusterConfig = ClusterConfig()
     store: StoreConfig = StoreConfig()

@@ -129,6 +129,15 @@ class RankingConfig(Section):
     """As pipeline.compute.scores defines them; surprise favours strong, rare and yet well-attested features."""
 
 
+class LogitsConfig(Section):
+    """Direct effects of features on the logits."""
+
+    top_k: int = Field(default=0, ge=0)
+    """Tokens that each feature promotes most, and as many that it suppresses most; 0: none are computed."""
+    mode: Literal["direction", "ln_final"] = "direction"
+    """As pipeline.compute.logits defines them: the linear direct path, or the decoder row through the final norm."""
+
+
 class BatchConfig(Section):
     """The fixed grid of forward passes."""
 

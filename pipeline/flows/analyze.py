@@ -17,6 +17,7 @@ import numpy as np
 
 from pipeline.config import AnalyzeConfig
 from pipeline.errors import CensusError, CheckpointError, SourceError
+from pipeline.flows.attribute import write_logits
 from pipeline.flows.catalog import Catalog
 from pipeline.flows.identity import find_config_sources, identify
 from pipeline.io.blobs import LocalBlobs
@@ -24,6 +25,9 @@ from pipeline.io.model import choose_device
 from pipeline.records import Failure, Receipt, ShardRecord, SourceRecord, canonical
 from pipeline.steps import layout, plan, preflight, publish, ranges
 from pipeline.steps.cluster import Outcome, connected, run_tasks
+from pipeline.steps.logits import LogitSettings
+from pipeline.steps.outcomes import in_order, result_of
+from pipeline.steps.partial import RangeTask
 from pipeline.steps.preflight import FitProbe
 from pipeline.steps.prepare import Preparer, PrepareSettings, choose_shards, read_settings
 from pipeline.steps.progress import Voice
@@ -95,7 +99,7 @@ class _Run:
         found: dict[str, SourceRecord] = {}
         with self.voice.stage("prepare", len(sources), "tokens") as stage:
             for outcome in run_tasks(partial(Preparer, settings), sources, config.cluster, on_event=self.voice.event):
-                record = _result(outcome, f"source {', '.join(outcome.task.names)}")
+                record = result_of(outcome, f"source {', '.join(outcome.task.names)}")
                 found[record.source_id] = record
                 stage.advance(sum(shard.num_tokens for shard in record.shards))
         self.seconds["prepare"] = stage.seconds
@@ -210,20 +214,19 @@ class _Run:
         )
         todo = ranges.tasks([identity.saes[site].sae.num_features for site in sites])
         norms = {site: loaded.sae.decoder_norms().numpy() for site, loaded in identity.saes.items()}
-        with (
-            self.voice.stage("reduce", len(todo), "features") as stage,
-            publish.Draft(self.blobs, sites, norms) as draft,
-        ):
-            outcomes = run_tasks(partial(ranges.Reducer, settings), todo, config.cluster, on_event=self.voice.event)
+        with publish.Draft(self.blobs, sites, norms) as draft:
+            attributed = self._attribute(draft, todo)
+            with self.voice.stage("reduce", len(todo), "features") as stage:
+                outcomes = run_tasks(partial(ranges.Reducer, settings), todo, config.cluster, on_event=self.voice.event)
 
-            def results() -> Iterator[ranges.RangeResult]:
-                for outcome in _in_order(todo, outcomes):
-                    stage.advance(outcome.task.stop - outcome.task.start)
-                    yield _result(outcome, f"features {outcome.task.start} to {outcome.task.stop}")
+                def results() -> Iterator[ranges.RangeResult]:
+                    for outcome in in_order(todo, outcomes):
+                        stage.advance(outcome.task.num_features)
+                        yield result_of(outcome, f"features {outcome.task.start} to {outcome.task.stop}")
 
-            with self.blobs.writing():
-                draft.write(results(), config.ranking.score, receipts)
-            facts = self._facts(records, receipts, failures)
+                with self.blobs.writing():
+                    draft.write(results(), config.ranking.score, receipts)
+            facts = self._facts(records, receipts, failures) | attributed
             volatile = {
                 "made_at": time.time(),
                 "config": config.model_dump(mode="json"),
@@ -236,6 +239,17 @@ class _Run:
         self.voice.flush()
         catalog = Catalog(config.store.root, config.catalog.name, number)
         return Analysis(catalog=catalog, is_new=is_new, failures=tuple(failures), seconds=self.seconds)
+
+    def _attribute(self, draft: publish.Draft, todo: list[RangeTask]) -> dict[str, Any]:
+        """Write the logits of all ranges to the draft, if they are wanted; facts for the manifest."""
+        config = self.config
+        if not config.logits.top_k:
+            return {}
+        threads = config.cluster.threads_per_worker
+        settings = LogitSettings(model=config.model, saes=config.saes, logits=config.logits, threads=threads)
+        with self.blobs.writing():
+            facts, self.seconds["logits"] = write_logits(draft.folder, settings, todo, config.cluster, self.voice)
+        return {"logits": facts}
 
     def _facts(self, records: list[SourceRecord], receipts: list[Receipt], failures: list[Failure]) -> dict[str, Any]:
         """The part of the manifest that belongs to the content."""
@@ -290,21 +304,3 @@ def _spread(shards: list[ShardRecord]) -> tuple[ShardRecord, ...]:
         if sum(shard.num_tokens for shard in chosen) >= preflight.NUM_TOKENS:
             break
     return tuple(chosen)
-
-
-def _result(outcome: Outcome[Any, Any], what: str) -> Any:
-    if outcome.result is None:
-        raise CensusError(f"{what} failed: {outcome.kind}: {outcome.message}\n{outcome.details}")
-    return outcome.result
-
-
-def _in_order(tasks: list[Any], outcomes: Iterator[Outcome[Any, Any]]) -> Iterator[Outcome[Any, Any]]:
-    """Outcomes in the order of tasks, whatever order they come in."""
-    waiting: dict[Any, Outcome[Any, Any]] = {}
-    wanted = iter(tasks)
-    task = next(wanted, None)
-    for outcome in outcomes:
-        waiting[outcome.task] = outcome
-        while task in waiting:
-            yield waiting.pop(task)
-            task = next(wanted, None)

@@ -15,6 +15,7 @@ from pipeline.io import store, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import ShardRecord
 from pipeline.steps import layout, publish
+from pipeline.steps.logits import LOGITS, MOMENTS
 from pipeline.steps.reader import load_saes
 from pipeline.steps.stored_codes import StoredCodes, coactive
 from pipeline.types import HookPoint, SiteKey
@@ -255,6 +256,33 @@ class Catalog:
     def statistics(self, hook_point: str, sae: str) -> dict[str, np.ndarray]:
         """The arrays of one SAE: counts, fixed-point sums, histogram with its edges."""
         return store.read_tree(self.folder / "statistics.zarr", f"{hook_point}/{sae}")
+
+    def logits(self, hook_point: str, sae: str, feature_id: int) -> tables.Table:
+        """The tokens that one feature suppresses and promotes most, by sign and rank.
+
+        Raises:
+            ConfigError: if the snapshot has no logits.
+        """
+        self._require_logits()
+        return self._of_key(LOGITS, hook_point, sae, feature_id)
+
+    @cached_property
+    def logit_moments(self) -> tables.Table:
+        """All of `logit_moments.parquet`: how each feature's logits are spread over the vocabulary.
+
+        Raises:
+            ConfigError: if the snapshot has no logits.
+        """
+        self._require_logits()
+        return tables.read(self.folder / MOMENTS)
+
+    def _require_logits(self) -> None:
+        if "logits" not in self.manifest:
+            name = self.manifest["catalog"]
+            raise ConfigError(
+                f"snapshot {self.number} of catalog {name!r} has no logits; run jobs.attribute store.root=… "
+                f"catalog.name={name}, or jobs.analyze with logits.top_k=10"
+            )
 
     def _of_key(self, file: str, hook_point: str, sae: str, feature_id: int) -> tables.Table:
         key = [("hook_point", "=", hook_point), ("sae", "=", sae), ("feature_id", "=", feature_id)]

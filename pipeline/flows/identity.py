@@ -12,6 +12,7 @@ from pipeline.io.hooks import check_point
 from pipeline.io.model import ModelFacts, Tokenizer, choose_device, choose_dtype, model_facts
 from pipeline.records import digest_of
 from pipeline.steps import plan
+from pipeline.steps.logits import check_request
 from pipeline.steps.prepare import preparation_fields, read_settings
 from pipeline.steps.reader import load_saes
 from pipeline.types import SiteKey
@@ -71,6 +72,7 @@ def identify(config: AnalyzeConfig) -> Identity:
     tokenizer = Tokenizer(model.id, model.revision, trust_remote_code=model.trust_remote_code)
     if config.corpus.bos == "always" and tokenizer.bos_id is None:
         raise ConfigError(f"corpus.bos is always, but the tokenizer of {model.id} has no BOS token; use never")
+    check_request(config.logits, (key.hook_point for key in saes), tokenizer)
     shard_tokens = config.corpus.shard_tokens or plan.default_shard_tokens(chosen, facts.num_layers, facts.d_model)
     numerics = device.configure(config.cluster.threads_per_worker, chosen)
     dtype = str(choose_dtype(model.dtype, chosen)).removeprefix("torch.")

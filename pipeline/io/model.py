@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,13 @@ class LanguageModel:
         self._taps = _taps(config)
         self._blocks = find_blocks(self.inner.base_model, config.num_hidden_layers)
         self.device = device
+        self._origin = (model_id, revision, trust_remote_code)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that belongs to it, loaded when first asked for."""
+        model_id, revision, trust_remote_code = self._origin
+        return Tokenizer(model_id, revision, trust_remote_code=trust_remote_code)
 
     def captures(self, points: Iterable[HookPoint]) -> Captures:
         """Hooks for these points, to be entered with `with`.

@@ -131,6 +131,17 @@ SWEEPS = pa.schema(
         pa.field("alerts", pa.list_(pa.string())),
     ]
 )
+LOGITS = pa.schema(
+    [
+        *_KEY,
+        pa.field("sign", pa.string()),
+        pa.field("rank", pa.int32()),
+        pa.field("token_id", pa.int32()),
+        pa.field("token", pa.string()),
+        pa.field("logit", pa.float32()),
+    ]
+)
+LOGIT_MOMENTS = pa.schema([*_KEY, *(pa.field(name, pa.float64()) for name in ("mean", "std", "skewness", "kurtosis"))])
 Table = pa.Table
 ROWS_PER_GROUP = 4096
 

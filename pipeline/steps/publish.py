@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.compute import fixed, labels, scores, stats
+from pipeline.errors import CorruptError
 from pipeline.io import store, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import Receipt, canonical
 from pipeline.steps import layout
+from pipeline.steps.logits import says
 from pipeline.steps.ranges import RangeResult
 from pipeline.steps.shard import site_group
 from pipeline.types import SiteKey
@@ -50,6 +52,31 @@ class Draft:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def folder(self) -> Path:
+        """Where its files lie until it is published; every file there becomes part of the snapshot."""
+        return self._folder
+
+    def copy(self, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take files of a published snapshot over.
+
+        Args:
+            folder: of the snapshot.
+            files: their names and facts, as in its manifest.
+
+        Raises:
+            CorruptError: if one is not what the manifest says.
+        """
+        for name in files:
+            target = self._folder / name
+            with self._blobs.writing():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / name, target)
+        found = digests(self._folder)
+        for name, facts in files.items():
+            if found[name] != facts:
+                raise CorruptError(f"{folder / name} is damaged: run jobs.analyze again, it publishes the files anew")
 
     def write(self, results: Iterator[RangeResult], score: scores.Score, receipts: Sequence[Receipt]) -> None:
         """Write every file of the snapshot.
@@ -89,7 +116,7 @@ class Draft:
                     "stream": [site.hook_point.stream] * num_features,
                     "rank": scores.ranks(scored),
                     "score": scored,
-                    "proto_label": labels.proto_labels(labels.joined(words)),
+                    "proto_label": labels.proto_labels(labels.joined(words), says(self._folder, site, num_features)),
                     "label": [None] * num_features,
                     "decoder_norm": self._norms[site].astype(np.float64),
                 },
@@ -121,11 +148,7 @@ class Draft:
         Returns:
             The number, the digest, and whether it is new.
         """
-        files = {}
-        for path in sorted(p for p in self._folder.rglob("*") if p.is_file()):
-            with path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            files[path.relative_to(self._folder).as_posix()] = {"sha256": sha256, "num_bytes": path.stat().st_size}
+        files = digests(self._folder)
         content = {"files": files, **facts}
         digest = hashlib.sha256(canonical(content)).hexdigest()
         newest = snapshots(self._blobs, name)[-1:]
@@ -154,6 +177,22 @@ class Draft:
             number += 1
             if self._blobs.put_if_absent(layout.snapshot(name, number, "reserved.json"), canonical(owner)):
                 return number
+
+
+def digests(folder: Path) -> dict[str, dict[str, Any]]:
+    """Digest and size of every file in a folder, by its path in it."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        files[path.relative_to(folder).as_posix()] = {"sha256": sha256, "num_bytes": path.stat().st_size}
+    return files
+
+
+def facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that a manifest was published with: without its number, its files and what is volatile."""
+    others = ("catalog", "snapshot", "digest", "files", "made_at", "config", "numerics", "seconds")
+    return {name: value for name, value in manifest.items() if name not in others}
 
 
 def snapshots(blobs: LocalBlobs, name: str) -> list[int]:

@@ -1,0 +1,186 @@
+"""Attribute logits to the features of SAEs: into a folder, or as a new snapshot of the catalog they belong to.
+
+A published snapshot never changes. The new one takes over its files, proved by their digests, adds the two
+tables, and equals what `jobs.analyze` publishes under the same `logits` keys.
+"""
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import AnalyzeConfig, AttributeConfig, ClusterConfig, ModelConfig
+from pipeline.config.sections import EMBEDDED_SAES
+from pipeline.errors import CensusError, ConfigError, IdentityError
+from pipeline.flows.catalog import Catalog
+from pipeline.io.blobs import LocalBlobs
+from pipeline.io.hooks import check_point
+from pipeline.io.model import Tokenizer, choose_device, choose_dtype, model_facts
+from pipeline.records import canonical
+from pipeline.steps import layout, publish, ranges
+from pipeline.steps.cluster import run_tasks
+from pipeline.steps.logits import (
+    LOGITS,
+    MOMENTS,
+    LogitResult,
+    LogitSettings,
+    LogitWorker,
+    check_request,
+    write_tables,
+)
+from pipeline.steps.outcomes import in_order, result_of
+from pipeline.steps.partial import RangeTask
+from pipeline.steps.progress import Voice
+from pipeline.steps.reader import load_saes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attribution:
+    """What a run of the job gave."""
+
+    folder: Path
+    """Where `logits.parquet` and `logit_moments.parquet` lie, beside a manifest."""
+    is_new: bool
+    """False if the catalog already said the same."""
+    seconds: float
+
+
+def write_logits(
+    folder: Path, settings: LogitSettings, todo: list[RangeTask], cluster: ClusterConfig, voice: Voice
+) -> tuple[dict[str, Any], float]:
+    """Attribute all ranges and write the tables; facts for the manifest, and seconds.
+
+    Args:
+        folder: gets the tables.
+        settings: of the workers.
+        todo: ranges in the order of sites and features.
+        cluster: who does the work.
+        voice: tells of it.
+    """
+    outcomes = run_tasks(
+        partial(LogitWorker, settings),
+        todo,
+        cluster,
+        needs_gpu=choose_device(settings.model.device).type == "cuda",
+        on_event=voice.event,
+    )
+    with voice.stage("logits", len(todo), "features") as stage:
+
+        def results() -> Iterator[LogitResult]:
+            for outcome in in_order(todo, outcomes):
+                stage.advance(outcome.task.num_features)
+                yield result_of(outcome, f"logits of features {outcome.task.start} to {outcome.task.stop}")
+
+        facts = write_tables(folder, results(), settings.logits)
+    return facts, stage.seconds
+
+
+def attribute(config: AttributeConfig, say: Callable[[str], None] | None = None) -> Attribution:
+    """Run the job.
+
+    Args:
+        config: of the job.
+        say: hears every line that is meant for people; by default they go to stderr.
+
+    Raises:
+        UserError: if the user must change something.
+    """
+    return _to_folder(config, say) if config.catalog.name is None else _to_catalog(config, config.catalog.name, say)
+
+
+def _to_folder(config: AttributeConfig, say: Callable[[str], None] | None) -> Attribution:
+    blobs = LocalBlobs(config.out or Path(config.store.root) / "logits")
+    about, todo = _identify(config)
+    with publish.Draft(blobs, (), {}) as draft:
+        voice = Voice(blobs, "events.jsonl", say)
+        with blobs.writing():
+            facts, seconds = write_logits(draft.folder, _settings(config), todo, config.cluster, voice)
+        files = publish.digests(draft.folder)
+        blobs.delete("manifest.json")
+        for name in files:
+            blobs.adopt(name, draft.folder / name)
+        blobs.put("manifest.json", canonical({"files": files, **about, "logits": facts}))
+    return Attribution(folder=blobs.root, is_new=True, seconds=seconds)
+
+
+def _to_catalog(config: AttributeConfig, name: str, say: Callable[[str], None] | None) -> Attribution:
+    blobs, old = LocalBlobs(config.store.root), Catalog(config.store.root, name)
+    config = _with_parts_of(old, config)
+    about, todo = _identify(config)
+    _prove(about, old)
+    kept = {file: facts for file, facts in old.manifest["files"].items() if file not in (LOGITS, MOMENTS)}
+    with publish.Draft(blobs, (), {}) as draft:
+        draft.copy(old.folder, kept)
+        voice = Voice(blobs, layout.events(old.manifest["measure_id"], f"attribute-{uuid.uuid4().hex}"), say)
+        with blobs.writing():
+            facts, seconds = write_logits(draft.folder, _settings(config), todo, config.cluster, voice)
+        if publish.snapshots(blobs, name)[-1] != old.number:
+            raise CensusError(f"catalog {name!r} has got a new snapshot meanwhile; run the same command again")
+        volatile = {
+            "made_at": time.time(),
+            "config": old.manifest["config"] | {"logits": config.logits.model_dump(mode="json")},
+            "numerics": old.manifest["numerics"],
+            "seconds": old.manifest["seconds"] | {"logits": seconds},
+        }
+        number, _, is_new = draft.publish(name, publish.facts_of(old.manifest) | {"logits": facts}, volatile)
+    return Attribution(folder=publish.folder_of(blobs, name, number), is_new=is_new, seconds=seconds)
+
+
+def _settings(config: AttributeConfig) -> LogitSettings:
+    threads = config.cluster.threads_per_worker
+    return LogitSettings(model=config.model, saes=config.saes, logits=config.logits, threads=threads)
+
+
+def _with_parts_of(catalog: Catalog, config: AttributeConfig) -> AttributeConfig:
+    """The config with the catalog's own model and SAEs where it names none.
+
+    The dtype is the catalog's. Device and trust are never read from a catalog.
+
+    Raises:
+        ConfigError: if it asks for another dtype.
+    """
+    made = AnalyzeConfig.model_validate(catalog.manifest["config"])
+    dtype = catalog.manifest["identity"]["measure"]["model"]["dtype"]
+    asked = config.model
+    if asked.dtype not in ("auto", dtype):
+        raise ConfigError(f"model.dtype is {asked.dtype}, but the catalog was made in {dtype}; leave model.dtype out")
+    model = made.model if asked.id == ModelConfig().id else asked
+    mine = {"dtype": dtype, "device": asked.device, "trust_remote_code": asked.trust_remote_code}
+    saes = made.saes if config.saes == EMBEDDED_SAES else config.saes
+    return config.model_copy(update={"model": model.model_copy(update=mine), "saes": saes})
+
+
+def _identify(config: AttributeConfig) -> tuple[dict[str, Any], list[RangeTask]]:
+    """What decides the logits, checked before any work, and the ranges of features.
+
+    Raises:
+        UserError: if model and SAEs do not belong together, or cannot be read.
+    """
+    model = config.model
+    facts = model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+    tokenizer = Tokenizer(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+    saes = load_saes(config.saes)
+    for key in saes:
+        check_point(key.hook_point, facts.taps, facts.num_layers)
+    check_request(config.logits, (key.hook_point for key in saes), tokenizer)
+    dtype = str(choose_dtype(model.dtype, choose_device(model.device))).removeprefix("torch.")
+    about = {
+        "model": {"digest": facts.digest, "family": facts.family, "dtype": dtype, "tokenizer": tokenizer.digest},
+        "saes": {str(key): loaded.digest for key, loaded in saes.items()},
+    }
+    return about, ranges.tasks([loaded.sae.num_features for loaded in saes.values()])
+
+
+def _prove(about: dict[str, Any], catalog: Catalog) -> None:
+    """Raises IdentityError unless model and SAEs are those that the catalog was made with."""
+    there = catalog.manifest["identity"]["measure"]
+    for part, found in about.items():
+        differing = sorted(k for k in found.keys() | there[part].keys() if found.get(k) != there[part].get(k))
+        if differing:
+            raise IdentityError(
+                f"catalog {catalog.manifest['catalog']!r} was made with other {part}: {', '.join(differing)} differ; "
+                f"leave {part} out to take the catalog's own, or name those that it was made with"
+            )
