@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from pipeline.flows.analyze import analyze
     from pipeline.flows.catalog import Catalog
     from pipeline.flows.feature_analyzer import FeatureAnalyzer
+    from pipeline.flows.linearized import analyze_linearized_feature
+    from pipeline.flows.token_tables import make_token_df, save_linearized
+    from pipeline.flows.trace import trace_feature
     from pipeline.io.checkpoints import load_sae
     from pipeline.io.model import LanguageModel
     from pipeline.steps.logits import DirectLogitAttributor
@@ -26,7 +29,11 @@ __all__ = [
     "HookPoint",
     "LanguageModel",
     "analyze",
+    "analyze_linearized_feature",
     "load_sae",
+    "make_token_df",
+    "save_linearized",
+    "trace_feature",
 ]
 
 _HOMES = {
@@ -39,7 +46,11 @@ _HOMES = {
     "HookPoint": "pipeline.types",
     "LanguageModel": "pipeline.io.model",
     "analyze": "pipeline.flows.analyze",
+    "analyze_linearized_feature": "pipeline.flows.linearized",
     "load_sae": "pipeline.io.checkpoints",
+    "make_token_df": "pipeline.flows.token_tables",
+    "save_linearized": "pipeline.flows.token_tables",
+    "trace_feature": "pipeline.flows.trace",
 }
 
 

@@ -135,6 +135,21 @@ class SparseAutoencoder:
         """Length of every feature's decoder row."""
         return _lengths(self.w_dec)
 
+    def pre_activations(self, x: Float[Tensor, "N D"], feature: int) -> Float[Tensor, " N"]:
+        """What the gate makes one feature's code of, at every token; of a gated SAE, the magnitude. Keeps gradients.
+
+        Args:
+            x: activations of any float dtype.
+            feature: which.
+        """
+        u = self._transformed(x.to(self.w_enc.dtype))
+        if self.pre_bias is not None:
+            u = u - self.pre_bias
+        pre = u @ self.w_enc[:, feature] + self.b_enc[feature]
+        if isinstance(self.gate, Gated):
+            pre = pre * self.gate.r_mag[feature].exp() + self.gate.b_mag[feature]
+        return pre
+
     def _encode_tile(
         self, x: Float[Tensor, "N D"]
     ) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " M"], Float[Tensor, " M"]]:

@@ -20,6 +20,7 @@ from pipeline.config.sections import (
 )
 from pipeline.config.serve import ServeConfig
 from pipeline.config.sweep import SweepConfig
+from pipeline.config.trace import TraceConfig
 
 __all__ = [
     "AnalyzeConfig",
@@ -43,5 +44,6 @@ __all__ = [
     "StoreConfig",
     "SweepConfig",
     "TauConfig",
+    "TraceConfig",
     "VerifyConfig",
 ]

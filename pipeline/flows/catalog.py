@@ -45,6 +45,7 @@ class Catalog:
             )
         self.number = numbers[-1] if snapshot is None else snapshot
         self.folder = publish.folder_of(blobs, name, self.number)
+        self.attached = blobs.path(layout.attached(name, self.number, ""))
         self.manifest: dict[str, Any] = json.loads(blobs.get(layout.snapshot(name, self.number, "manifest.json")))
 
     @property
@@ -284,9 +285,21 @@ class Catalog:
                 f"catalog.name={name}, or jobs.analyze with logits.top_k=10"
             )
 
-    def _of_key(self, file: str, hook_point: str, sae: str, feature_id: int) -> tables.Table:
+    def sources(self, hook_point: str, sae: str, feature_id: int) -> tables.Table:
+        """Where one feature came from at its traced spans, part by part.
+
+        Raises:
+            ConfigError: if nothing of this snapshot was traced.
+        """
+        if not (self.attached / "sources.parquet").is_file():
+            raise ConfigError(f"{self.attached} holds no sources.parquet; run jobs.trace on this catalog first")
+        return self._of_key("sources.parquet", hook_point, sae, feature_id, self.attached)
+
+    def _of_key(
+        self, file: str, hook_point: str, sae: str, feature_id: int, folder: Path | None = None
+    ) -> tables.Table:
         key = [("hook_point", "=", hook_point), ("sae", "=", sae), ("feature_id", "=", feature_id)]
-        return tables.read(self.folder / file, filters=key)
+        return tables.read((folder or self.folder) / file, filters=key)
 
 
 def _strength_on(text: str, tokens: Sequence[str], values: Sequence[float]) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
@@ -142,6 +143,24 @@ LOGITS = pa.schema(
     ]
 )
 LOGIT_MOMENTS = pa.schema([*_KEY, *(pa.field(name, pa.float64()) for name in ("mean", "std", "skewness", "kurtosis"))])
+SOURCES = pa.schema(
+    [
+        *_KEY,
+        pa.field("group", pa.string()),
+        pa.field("sample_rank", pa.int32()),
+        pa.field("shard_id", pa.string()),
+        pa.field("context_id", pa.int32()),
+        pa.field("position", pa.int32()),
+        pa.field("value", pa.float32()),
+        pa.field("pre_activation", pa.float64()),
+        pa.field("kind", pa.string()),
+        pa.field("layer", pa.int32()),
+        pa.field("head", pa.int32()),
+        pa.field("source_position", pa.int32()),
+        pa.field("source_token", pa.string()),
+        pa.field("contribution", pa.float64()),
+    ]
+)
 Table = pa.Table
 ROWS_PER_GROUP = 4096
 
@@ -159,14 +178,31 @@ def table(schema: pa.Schema, columns: dict[str, Any]) -> pa.Table:
     return pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema}, schema=schema)
 
 
-def from_rows(schema: pa.Schema, rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """Dicts as a table of this schema; other keys are left out."""
-    return pa.Table.from_pylist(list(rows), schema=schema)
-
-
 def plain(rows: Sequence[dict[str, Any]]) -> pa.Table:
     """Dicts of one shape as a table whose types are read off the values."""
     return pa.Table.from_pylist(list(rows))
+
+
+def from_columns(columns: dict[str, list[Any]]) -> pa.Table:
+    """Lists of equal length as a table; types are those of the values."""
+    return pa.table(columns)
+
+
+def from_rows(schema: pa.Schema, rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """Dicts as a table of exactly this schema; what a row lacks is null, other keys are left out."""
+    return pa.Table.from_pylist(list(rows), schema=schema)
+
+
+def joined(schema: pa.Schema, parts: Iterable[pa.Table]) -> pa.Table:
+    """Tables, one after another."""
+    return pa.concat_tables([schema.empty_table(), *parts])
+
+
+def csv_bytes(data: pa.Table) -> bytes:
+    """A table without lists as the bytes of one CSV file with a header."""
+    target = io.BytesIO()
+    pyarrow.csv.write_csv(data, target)
+    return target.getvalue()
 
 
 def to_bytes(data: pa.Table) -> bytes:

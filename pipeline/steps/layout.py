@@ -69,3 +69,8 @@ def snapshot(name: str, number: int, file: str) -> str:
 def latest(name: str) -> str:
     """A hint at the newest snapshot; the numbered manifests are the truth."""
     return f"{catalog(name)}/latest.json"
+
+
+def attached(name: str, number: int, file: str) -> str:
+    """A table that a later job adds to a numbered snapshot, which itself never changes."""
+    return f"{catalog(name)}/attached/{number:06d}/{file}"

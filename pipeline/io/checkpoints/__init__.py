@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any
 
@@ -18,10 +19,10 @@ from torch import Tensor
 from pipeline.compute.sae import SparseAutoencoder
 from pipeline.errors import CheckpointError
 from pipeline.io import embedded
-from pipeline.io.checkpoints import sae_lens
+from pipeline.io.checkpoints import neel, sae_lens
 from pipeline.types import HookPoint
 
-FORMATS: dict[str, ModuleType] = {"sae_lens": sae_lens}
+FORMATS: dict[str, ModuleType] = {"sae_lens": sae_lens, "neel": neel}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +62,18 @@ def load_sae(
     """
     folder = _locate(path, revision)
     reader = _reader(folder, format_name)
-    weights = folder / reader.WEIGHTS
-    sae, metadata = _guarded(folder, lambda: reader.read(folder, _tensors(weights)))
+    weights = _weights(folder, reader, Path(path).name)
+    sae, metadata = _guarded(folder, lambda: reader.read(weights, _tensors(weights)))
     _check_finite(folder, sae)
     where = hook_point or metadata.get("hook_name")
     if not where:
         raise CheckpointError(f"SAE {path} does not say where it belongs; give saes[].hook_point=blocks.<layer>.…")
     digest = hashlib.sha256()
     for name_of_file in reader.FILES:
-        if (folder / name_of_file).is_file():
-            with (folder / name_of_file).open("rb") as file:
-                digest.update(name_of_file.encode() + hashlib.file_digest(file, "sha256").digest())
+        part = weights if name_of_file == reader.WEIGHTS else folder / name_of_file
+        if part.is_file():
+            with part.open("rb") as file:
+                digest.update(part.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return LoadedSae(
         name=name or folder.name,
         hook_point=HookPoint.parse(where),
@@ -128,10 +130,26 @@ def _listing(folder: Path) -> str:
     return ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "no files"
 
 
-def _tensors(path: Path) -> Mapping[str, Tensor]:
-    from safetensors.torch import load_file
+def _weights(folder: Path, reader: ModuleType, named: str) -> Path:
+    """The weights file: the one that the path named, or the only one."""
+    found = sorted(folder.glob(reader.WEIGHTS))
+    chosen = [file for file in found if file.name == named] or found
+    if len(chosen) != 1:
+        raise CheckpointError(f"{folder} holds {', '.join(file.name for file in found)}; give the path of one of them")
+    return chosen[0]
 
-    return {name: tensor.float() for name, tensor in load_file(path).items()}
+
+def _tensors(path: Path) -> Mapping[str, Tensor]:
+    if path.suffix == ".pt":
+        try:
+            found = dict(torch.load(path, map_location="cpu", weights_only=True))
+        except (UnpicklingError, RuntimeError, EOFError, OSError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a torch file of plain tensors, and no pickle is loaded") from error
+    else:
+        from safetensors.torch import load_file
+
+        found = load_file(path)
+    return {name: tensor.float() for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 
 def _guarded(

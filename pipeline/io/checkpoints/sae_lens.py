@@ -29,16 +29,17 @@ def detect(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def read(path: Path, tensors: Mapping[str, Tensor]) -> tuple[SparseAutoencoder, dict[str, Any]]:
+def read(weights: Path, tensors: Mapping[str, Tensor]) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """The SAE of a directory and its metadata (`hook_name`, `prepend_bos`, …, possibly empty).
 
     Args:
-        path: the directory.
-        tensors: the tensors of its weights file, float32.
+        weights: the weights file in its directory.
+        tensors: its tensors, float32.
 
     Raises:
         CheckpointError: if a key or tensor is missing, or the SAE is of a kind that is not supported.
     """
+    path = weights.parent
     config = _modern(_json_object(path / CONFIG))
     architecture = config.get("architecture")
     if architecture not in _ARCHITECTURES:

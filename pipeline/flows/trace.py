@@ -1,0 +1,274 @@
+"""Trace features upstream: which embeddings, heads, source tokens and MLPs a pre-activation is made of.
+
+`trace_feature` splits one feature at one token; `trace` does so for many features of a catalog at their spans,
+on Ray if asked to, and attaches the result to the catalog.
+"""
+
+import hashlib
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+from torch import Tensor
+
+from pipeline.compute.linear import Split
+from pipeline.config import AnalyzeConfig, ModelConfig, TraceConfig
+from pipeline.errors import CensusError, ConfigError, IdentityError
+from pipeline.flows.catalog import Catalog
+from pipeline.flows.origins import Origins, chapter, origins
+from pipeline.io import report, tables
+from pipeline.io.blobs import LocalBlobs
+from pipeline.io.checkpoints import LoadedSae
+from pipeline.io.model import LanguageModel, choose_device, model_facts
+from pipeline.io.paths import Paths
+from pipeline.records import canonical
+from pipeline.steps import layout
+from pipeline.steps.cluster import connected, run_tasks
+from pipeline.steps.progress import Voice
+from pipeline.steps.reader import load_saes
+from pipeline.steps.tracing import Probe, SpanProbe, Tracer, TraceSettings, split
+from pipeline.types import HookPoint, SiteKey
+
+CONTEXTS_PER_TASK = 16
+PAGE_FEATURES = 100
+"""More features than these make no page that a browser likes; all are in the tables."""
+_ORDER = ("hook_point", "sae", "feature_id", "group", "sample_rank")
+
+
+def trace_feature(
+    feature_idx: int, token_idx: int, model: LanguageModel, input_ids: Tensor, encoder: LoadedSae
+) -> Split:
+    """Split a feature's pre-activation at one token of one context.
+
+    Args:
+        feature_idx: of `encoder`.
+        token_idx: the token, counted from the start of the context.
+        model: in float32.
+        input_ids: (T,) ids of the context; those behind the token do not matter.
+        encoder: an SAE with its hook point.
+
+    Raises:
+        ConfigError: if the model computes in half precision, or there is no such feature, token or hook point.
+    """
+    probe = Probe(
+        hook_point=encoder.hook_point, sae=encoder.sae.to(model.device), feature=feature_idx, position=token_idx
+    )
+    return split(Paths(model.inner), input_ids, [probe])[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tracing:
+    """What a run of the job gave."""
+
+    folder: Path
+    """With sources.parquet, sources.csv, sources.html and trace.json."""
+    origins: tuple[Origins, ...]
+    """Of the first `PAGE_FEATURES` features, in the order they were asked for."""
+    sources: tables.Table
+    """The rows of this run."""
+    num_features: int
+    num_spans: int
+    without_spans: int
+    """Features that have no span in the group: they never fire."""
+    failures: tuple[str, ...]
+    """One sentence for each batch of spans that could not be traced."""
+    seconds: float
+
+
+def trace(config: TraceConfig, say: Callable[[str], None] | None = None) -> Tracing:
+    """Run the job.
+
+    Args:
+        config: of the job.
+        say: hears every line that is meant for people; by default they go to stderr.
+
+    Raises:
+        UserError: if the catalog has no such SAE, feature or group, or model and SAEs are no longer its own.
+    """
+    began = time.monotonic()
+    catalog = Catalog(config.store.root, config.catalog.name, config.snapshot)
+    spans, without = _spans(config, catalog)
+    table, failures = _traced(config, catalog, spans, say)
+    asked = dict.fromkeys((str(span.site.hook_point), span.site.sae, span.feature_id) for span in spans)
+    by_feature = _by_feature(table)
+    rows = [by_feature[key].to_pylist() for key in [key for key in asked if key in by_feature][:PAGE_FEATURES]]
+    found = tuple(map(origins, rows))
+    page = report.page(
+        f"Sources of features, catalog {config.catalog.name}",
+        "What a feature's pre-activation is made of at the peaks of its spans: the parts add up to it. Text is shaded "
+        "by what attention heads brought from each token: orange raises the feature, blue lowers it. "
+        f"{len(found)} of {len(by_feature)} features are shown.",
+        [chapter(one, mine) for one, mine in zip(found, rows, strict=True)],
+    )
+    return Tracing(
+        folder=_publish(config, catalog, table, page),
+        origins=found,
+        sources=table,
+        num_features=len(by_feature),
+        num_spans=len(spans),
+        without_spans=without,
+        failures=failures,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _traced(
+    config: TraceConfig, catalog: Catalog, spans: Sequence[SpanProbe], say: Callable[[str], None] | None
+) -> tuple[tables.Table, tuple[str, ...]]:
+    """The rows of all spans, in the order of `sources.parquet`; and what failed."""
+    settings = _settings(config, catalog, {span.site for span in spans})
+    run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    events = layout.events(catalog.manifest["measure_id"], run_id)
+    voice = Voice(LocalBlobs(config.store.root), events, say)
+    tasks = list(_tasks(spans))
+    parts, failures = [], []
+    with connected(config.cluster), voice.stage("trace", len(tasks), "spans") as stage:
+        outcomes = run_tasks(
+            partial(Tracer, settings),
+            tasks,
+            config.cluster,
+            needs_gpu=choose_device(config.device).type == "cuda",
+            on_event=voice.event,
+        )
+        for outcome in outcomes:
+            if outcome.result is None:
+                failures.append(f"{len(outcome.task)} spans of shard {outcome.task[0].shard_id}: {outcome.message}")
+                voice.say(f"left out: {failures[-1]}")
+            else:
+                parts.append(tables.from_ipc(outcome.result))
+            stage.advance(len(outcome.task))
+    if not parts:
+        raise CensusError(f"nothing could be traced: {failures[0]}")
+    table = tables.joined(tables.SOURCES, parts)
+    return table.sort_by([(name, "ascending") for name in _ORDER]), tuple(failures)
+
+
+def _spans(config: TraceConfig, catalog: Catalog) -> tuple[list[SpanProbe], int]:
+    """The spans to trace, by SAE and rank of the feature; and how many chosen features have none."""
+    groups = catalog.manifest["span_groups"]
+    if config.group not in groups:
+        raise ConfigError(f"group is {config.group!r}; catalog {config.catalog.name!r} has {', '.join(groups)}")
+    spans: list[SpanProbe] = []
+    without = 0
+    for hook_point, sae, feature_id in _features(config, catalog):
+        rows = catalog.spans(hook_point, sae, feature_id, [config.group]).slice(0, config.spans).to_pylist()
+        without += not rows
+        site = SiteKey(HookPoint.parse(hook_point), sae)
+        names = ("feature_id", "group", "sample_rank", "shard_id", "context_id", "position", "value")
+        spans += [SpanProbe(site=site, **{name: row[name] for name in names}) for row in rows]
+    if not spans:
+        raise ConfigError(f"none of the {without} chosen features has a span in the group {config.group}")
+    return spans, without
+
+
+def _features(config: TraceConfig, catalog: Catalog) -> list[tuple[str, str, int]]:
+    """The keys of the features to trace."""
+    keys = zip(catalog.features["hook_point"].to_pylist(), catalog.features["sae"].to_pylist(), strict=True)
+    num_features = Counter(keys)
+    chosen = [
+        (hook_point, sae)
+        for hook_point, sae in num_features
+        if config.hook_point in (None, hook_point) and config.sae in (None, sae)
+    ]
+    known = ", ".join(f"{sae} at {hook_point}" for hook_point, sae in num_features)
+    if not chosen:
+        asked = {"hook_point": config.hook_point, "sae": config.sae}
+        what = ", ".join(f"{key}={value}" for key, value in asked.items() if value is not None)
+        raise ConfigError(f"{what} fits no SAE of catalog {config.catalog.name!r}; it has {known}")
+    if not config.features:
+        best = [catalog.best(config.best, *site).to_pylist() for site in chosen]
+        return [(row["hook_point"], row["sae"], row["feature_id"]) for rows in best for row in rows]
+    if len(chosen) > 1:
+        raise ConfigError(f"features names ids of one SAE, but the catalog has {known}; choose with sae and hook_point")
+    ((hook_point, sae),) = chosen
+    if max(config.features) >= num_features[hook_point, sae]:
+        raise ConfigError(
+            f"features names {max(config.features)}, but {sae} has features 0 to {num_features[hook_point, sae] - 1}"
+        )
+    return [(hook_point, sae, feature_id) for feature_id in config.features]
+
+
+def _settings(config: TraceConfig, catalog: Catalog, sites: set[SiteKey]) -> TraceSettings:
+    """Model and SAEs of the catalog, proved to be those that made it."""
+    made = AnalyzeConfig.model_validate(catalog.manifest["config"])
+    measure = catalog.manifest["identity"]["measure"]
+    model = made.model.model_copy(update={"dtype": "float32", "device": config.device})
+    _check("model.id", made.model.id, _digest_of(model), measure["model"]["digest"])
+    saes = []
+    for one in made.saes:
+        ((site, loaded),) = load_saes([one]).items()
+        if site in sites:
+            _check("SAE", one.path, loaded.digest, measure["saes"][str(site)])
+            saes.append(one)
+    return TraceSettings(
+        root=config.store.root,
+        preparation_id=catalog.manifest["preparation_id"],
+        model=model,
+        saes=tuple(saes),
+        threads=config.cluster.threads_per_worker,
+        num_pairs=config.pairs,
+    )
+
+
+def _digest_of(model: ModelConfig) -> str:
+    return model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code).digest
+
+
+def _check(what: str, name: str, now: str, then: str) -> None:
+    if now != then:
+        raise IdentityError(
+            f"{what} {name} is not the one that made the catalog (digest {now[:12]}, then {then[:12]}); put the "
+            "old one back, or analyse again"
+        )
+
+
+def _tasks(spans: Sequence[SpanProbe]) -> Iterator[tuple[SpanProbe, ...]]:
+    """Spans grouped so that a context is run once, whatever is traced in it; a task stays in its shard."""
+
+    def address(span: SpanProbe) -> tuple[str, int]:
+        return span.shard_id, span.context_id
+
+    ordered = sorted(spans, key=address)
+    for _, in_shard in groupby(ordered, key=lambda span: span.shard_id):
+        contexts = [tuple(group) for _, group in groupby(in_shard, key=address)]
+        for first in range(0, len(contexts), CONTEXTS_PER_TASK):
+            yield tuple(span for group in contexts[first : first + CONTEXTS_PER_TASK] for span in group)
+
+
+def _by_feature(table: tables.Table) -> dict[tuple[str, str, int], tables.Table]:
+    """The rows of each feature, from a table in which they stand together."""
+    found, start = {}, 0
+    for group in table.group_by(_ORDER[:3], use_threads=False).aggregate([([], "count_all")]).to_pylist():
+        key = group["hook_point"], group["sae"], group["feature_id"]
+        found[key] = table.slice(start, group["count_all"])
+        start += group["count_all"]
+    return found
+
+
+def _publish(config: TraceConfig, catalog: Catalog, table: tables.Table, page: bytes) -> Path:
+    """Write the results; features that an earlier run traced keep their rows in the Parquet file."""
+    blobs = LocalBlobs(config.out or catalog.attached)
+    whole = _by_feature(table)
+    if blobs.exists("sources.parquet"):
+        whole = _by_feature(tables.read(blobs.path("sources.parquet"))) | whole
+    files = {
+        "sources.parquet": tables.to_bytes(tables.joined(tables.SOURCES, [whole[key] for key in sorted(whole)])),
+        "sources.csv": tables.csv_bytes(table),
+        "sources.html": page,
+    }
+    for name, body in files.items():
+        blobs.put(name, body)
+    facts = {
+        "catalog_digest": catalog.digest,
+        "snapshot": catalog.number,
+        "config": config.model_dump(mode="json"),
+        "made_at": time.time(),
+        "files": {name: hashlib.sha256(body).hexdigest() for name, body in files.items()},
+    }
+    blobs.put("trace.json", canonical(facts))
+    return blobs.root

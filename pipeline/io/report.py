@@ -1,0 +1,108 @@
+"""The door to jinja2: one plain HTML page of tables and highlighted text, every string escaped."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+from jinja2 import Environment, StrictUndefined, Template
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{{ title }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; border-top: 1px solid #ddd; padding-top: 1rem; }
+p, caption { color: #555; } caption { text-align: left; font-weight: 600; }
+.tables { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; align-items: flex-start; }
+table { border-collapse: collapse; } td, th { padding: .1rem .6rem; text-align: left; }
+td { white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: .85rem; }
+.text { white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: .85rem; margin: .3rem 0 1.2rem; }
+.peak { outline: 2px solid #222; }
+</style>
+<h1>{{ title }}</h1>
+<p>{{ note }}</p>
+{% for section in sections %}
+<h2>{{ section.title }}</h2>
+<p>{{ section.note }}</p>
+<div class="tables">
+{% for table in section.tables %}
+<table>
+<caption>{{ table.caption }}</caption>
+<tr>{% for name in table.header %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in table.rows %}
+<tr>{% for cell in row %}<td style="background: {{ cell.shade | colour }}">{{ cell.text }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+{% endfor %}
+</div>
+{% for line in section.lines %}
+<p>{{ line.caption }}</p>
+<div class="text">
+{%- for cell in line.tokens -%}
+<span class="{{ 'peak' if loop.index0 == line.peak else '' }}" title="{{ cell.hint }}"
+ style="background: {{ cell.shade | colour }}">{{ cell.text }}</span>
+{%- endfor -%}
+</div>
+{% endfor %}
+{% endfor %}
+</html>
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """A text with a background."""
+
+    text: str
+    shade: float = 0.0
+    """-1 (strong blue) to 1 (strong orange)."""
+    hint: str = ""
+    """Shown while a pointer rests on it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """A table."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """Running text whose tokens are shaded."""
+
+    caption: str
+    tokens: tuple[Cell, ...]
+    peak: int | None = None
+    """The token with a frame."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chapter:
+    """A heading with what stands under it."""
+
+    title: str
+    note: str = ""
+    tables: tuple[Grid, ...] = ()
+    lines: tuple[Line, ...] = ()
+
+
+def page(title: str, note: str, sections: Iterable[Chapter]) -> bytes:
+    """A whole page that needs no other file."""
+    return _template().render(title=title, note=note, sections=list(sections)).encode()
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["colour"] = _colour
+    return environment.from_string(_PAGE)
+
+
+def _colour(shade: float) -> str:
+    hue = "255, 140, 0" if shade > 0 else "40, 110, 255"
+    return f"rgba({hue}, {min(abs(shade), 1.0) * 0.8:.2f})"
