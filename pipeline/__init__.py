@@ -12,6 +12,19 @@ if TYPE_CHECKING:
     from pipeline.flows.catalog import Catalog
     from pipeline.flows.feature_analyzer import FeatureAnalyzer
     from pipeline.flows.linearized import analyze_linearized_feature
+    from pipeline.flows.observe import (
+        FeatureRanking,
+        PromptCodes,
+        SetSums,
+        capture_residual,
+        differential_features,
+        encode_prompts,
+        fire_rate,
+        observe_prompts,
+        pretty_ranking,
+        scan_prompts_for_feature,
+        top_features_for_prompt,
+    )
     from pipeline.flows.token_tables import make_token_df, save_linearized
     from pipeline.flows.trace import trace_feature
     from pipeline.io.checkpoints import load_sae
@@ -26,13 +39,24 @@ __all__ = [
     "DirectLogitAttributorConfig",
     "FeatureAnalyzer",
     "FeatureAnalyzerConfig",
+    "FeatureRanking",
     "HookPoint",
     "LanguageModel",
+    "PromptCodes",
+    "SetSums",
     "analyze",
     "analyze_linearized_feature",
+    "capture_residual",
+    "differential_features",
+    "encode_prompts",
+    "fire_rate",
     "load_sae",
     "make_token_df",
+    "observe_prompts",
+    "pretty_ranking",
     "save_linearized",
+    "scan_prompts_for_feature",
+    "top_features_for_prompt",
     "trace_feature",
 ]
 
@@ -51,6 +75,17 @@ _HOMES = {
     "make_token_df": "pipeline.flows.token_tables",
     "save_linearized": "pipeline.flows.token_tables",
     "trace_feature": "pipeline.flows.trace",
+    "FeatureRanking": "pipeline.flows.observe",
+    "PromptCodes": "pipeline.flows.observe",
+    "SetSums": "pipeline.flows.observe",
+    "capture_residual": "pipeline.flows.observe",
+    "differential_features": "pipeline.flows.observe",
+    "encode_prompts": "pipeline.flows.observe",
+    "fire_rate": "pipeline.flows.observe",
+    "observe_prompts": "pipeline.flows.observe",
+    "pretty_ranking": "pipeline.flows.observe",
+    "scan_prompts_for_feature": "pipeline.flows.observe",
+    "top_features_for_prompt": "pipeline.flows.observe",
 }
 
 

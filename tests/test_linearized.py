@@ -390,7 +390,9 @@ def test_several_versions_lie_in_a_folder_and_one_is_named(tmp_path):
     first, second = (load_sae(str(tmp_path / f"{version}.pt")) for version in ("25", "47"))
     assert str(first.hook_point) == "blocks.0.mlp.hook_post"
     assert first.digest != second.digest
-    with pytest.raises(CheckpointError, match=r"holds 25\.pt, 47\.pt; give the path of one of them$"):
+    with pytest.raises(
+        CheckpointError, match=r"has several files \(25\.pt, 25_cfg\.json, 47\.pt.*give the path of \*\.pt$"
+    ):
         load_sae(str(tmp_path))
 
 
@@ -421,8 +423,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "across": (lambda f: write_neel(f, tensors={"W_enc": torch.ones(16, MLP)}), r"do not fit; expected \(D, F\)"),
     "a vector": (lambda f: write_neel(f, tensors={"W_enc": torch.ones(16)}), r"W_enc \(16,\).* do not fit"),
     "other width": (lambda f: write_neel(f, d_mlp=41), r"is of activations 41 wide, but W_enc takes 40$"),
-    "cut": (lambda f: cut(write_neel(f) / "25.pt"), r"is not a torch file of plain tensors, and no pickle is loaded$"),
-    "code": (lambda f: torch.save({"x": Payload()}, write_neel(f) / "25.pt"), r"no pickle is loaded$"),
+    "cut": (lambda f: cut(write_neel(f) / "25.pt"), r"not a sound torch file"),
+    "code": (
+        lambda f: torch.save({"x": Payload()}, write_neel(f) / "25.pt"),
+        r"pickles that hold code or objects are never loaded",
+    ),
     "NaN": (lambda f: write_neel(f, tensors={"b_dec": torch.full((MLP,), torch.nan)}), r"has NaN or infinite values"),
     "config": (lambda f: (write_neel(f) / "25_cfg.json").write_text("[1]"), r"25_cfg\.json holds no JSON object$"),
     "not JSON": (lambda f: (write_neel(f) / "25_cfg.json").write_text("{"), r"is not JSON"),

@@ -1,5 +1,7 @@
 """The SAE forward pass against its formulas written out in float64, and the laws of its tiles and ties."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -174,6 +176,26 @@ def test_topk_of_all_features_is_a_relu(k, tile, monkeypatch):
     topk = SparseAutoencoder(w_enc=relu.w_enc, b_enc=relu.b_enc, w_dec=relu.w_dec, b_dec=relu.b_dec, gate=TopK(k))
     set_tiles(monkeypatch, 512, tile)
     assert_same(topk.encode(random_x()), relu.encode(random_x()))
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_signed_codes_are_the_positive_codes_where_a_gate_ends_in_a_relu(gate):
+    sae, x = random_sae(gate), random_x()
+    assert_same(sae.encode(x, signed=True), sae.encode(x))
+
+
+@pytest.mark.parametrize("tile", [3, F])
+def test_a_topk_without_relu_keeps_negative_codes_for_those_who_ask(tile, monkeypatch):
+    k = F - 3
+    sae, x = replace(random_sae("topk"), gate=TopK(k, "identity")), random_x()
+    set_tiles(monkeypatch, 8, tile)
+    signed = sae.encode(x, signed=True)
+    pre = exact(x) @ exact(sae.w_enc) + exact(sae.b_enc)
+    kept = np.where(pre >= np.sort(pre, axis=-1)[..., [-k]], pre, 0)
+    np.testing.assert_allclose(dense(signed), kept, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(sae.reconstruct(x, signed), kept @ exact(sae.w_dec) + exact(sae.b_dec), atol=1e-4)
+    assert (signed.value < 0).any()
+    assert_same(sae.encode(x), signed.where(signed.value > 0))
 
 
 def test_topk_keeps_fewer_than_k_where_fewer_are_positive():

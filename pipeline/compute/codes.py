@@ -15,7 +15,10 @@ _TOKEN_BITS = 40  # room for a trillion tokens in a shard beside eight million f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codes:
-    """Positive codes, sorted by feature, then row, then position; no (feature, row, position) occurs twice."""
+    """Positive codes, sorted by feature, then row, then position; no (feature, row, position) occurs twice.
+
+    Only where `SparseAutoencoder.encode` is asked for signed codes are there negative ones among them.
+    """
 
     feature: Int32[np.ndarray, " N"]
     row: Int32[np.ndarray, " N"]
@@ -61,7 +64,7 @@ def sorted_codes(
     Args:
         feature: feature of each code.
         token: index of the token in the batch, row * num_positions + position.
-        value: the code; positive.
+        value: the code; not 0.
         num_positions: T.
         first_row: the shard's row that the batch's row 0 is.
     """

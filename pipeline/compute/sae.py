@@ -36,9 +36,11 @@ class JumpRelu:
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """z = max(pre, 0) at the k largest pre of a token, else 0; among equals the lowest feature wins."""
+    """z = postact(pre) at the k largest pre of a token, else 0; among equals the lowest feature wins."""
 
     k: int
+    postact: Literal["relu", "identity"] = "relu"
+    """identity leaves a code negative where fewer than k pre are positive. Such a feature does not fire."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,18 +96,19 @@ class SparseAutoencoder:
             pre_bias=None if self.pre_bias is None else self.pre_bias.to(device),
         )
 
-    def encode(self, x: Float[Tensor, "B T D"], first_row: int = 0) -> Codes:
+    def encode(self, x: Float[Tensor, "B T D"], first_row: int = 0, *, signed: bool = False) -> Codes:
         """The positive codes of every token.
 
         Args:
             x: finite activations of any float dtype.
             first_row: the shard's row that row 0 of `x` is.
+            signed: also give the negative codes of a `TopK` without ReLU; no other gate has any.
         """
         tokens = x.flatten(0, 1)
         step = TILE_TOKENS.get(x.device.type, TILE_TOKENS["cpu"])
         parts = []
         for start in range(0, len(tokens), step):
-            token, feature, value = self._encode_tile(tokens[start : start + step])
+            token, feature, value = self._encode_tile(tokens[start : start + step], signed)
             parts.append((feature.to(torch.int32), token + start, value))
         columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
         return sorted_codes(*columns, num_positions=x.shape[1], first_row=first_row)
@@ -151,7 +154,7 @@ class SparseAutoencoder:
         return pre
 
     def _encode_tile(
-        self, x: Float[Tensor, "N D"]
+        self, x: Float[Tensor, "N D"], signed: bool
     ) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " M"], Float[Tensor, " M"]]:
         u = self._transformed(x.float())
         if self.pre_bias is not None:
@@ -178,8 +181,8 @@ class SparseAutoencoder:
         token = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
         if values.min() > 0:  # nearly always: k features of a token are positive
             return token.flatten(), features.flatten(), values.flatten()
-        fires = values > 0
-        return token[fires], features[fires], values[fires]
+        keep = values != 0 if signed and self.gate.postact == "identity" else values > 0
+        return token[keep], features[keep], values[keep]
 
     def _elementwise(self, pre: Float[Tensor, "N f"], part: slice) -> Float[Tensor, "N f"]:
         match self.gate:

@@ -32,15 +32,18 @@ class SaeConfig(Section):
     """One sparse autoencoder."""
 
     path: str
-    """A local directory, a hub id org/repo/folder, or embedded:<name>."""
+    """A local directory or weights file, a hub id org/repo/folder[/file], or embedded:<name>."""
     hook_point: str | None = None
-    """Overrides the checkpoint's own metadata, as blocks.15.hook_resid_post."""
+    """Overrides the checkpoint's own metadata, as blocks.15.hook_resid_post; chooses the file where a folder has
+    one for each layer."""
     format: str | None = None
     """A known checkpoint format; detected if null."""
     name: str | None = None
-    """Its name in the catalog; defaults to the last part of the path."""
+    """Its name in the catalog; defaults to the last part of the path that is not a file."""
     revision: str | None = None
     """Commit, tag or branch of a hub id."""
+    k: PositiveInt | None = None
+    """Codes of a token, for a TopK checkpoint that does not say; where one does, both must agree."""
 
 
 class CorpusConfig(Section):

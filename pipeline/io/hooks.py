@@ -6,7 +6,8 @@ error: parallel blocks (phi, most of gpt_neox) have no resid_mid.
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -36,6 +37,10 @@ def _taps(attn: str, z: str, mlp: str, post: str, mid: Tap | None) -> dict[Strea
     return taps | ({"resid_mid": mid} if mid else {})
 
 
+def _without(taps: dict[Stream, Tap], *streams: Stream) -> dict[Stream, Tap]:
+    return {stream: tap for stream, tap in taps.items() if stream not in streams}
+
+
 _LLAMA = _taps("self_attn", "o_proj", "mlp", "down_proj", Tap("post_attention_layernorm", "in"))
 # Gemma 2 and 3 norm what attention and MLP write; the residual stream receives the normed tensors.
 _GEMMA = _LLAMA | {
@@ -43,11 +48,19 @@ _GEMMA = _LLAMA | {
     "attn_out": Tap("post_attention_layernorm", "out"),
     "mlp_out": Tap("post_feedforward_layernorm", "out"),
 }
+# Experts share no one matrix inside; layers of linear attention have no heads to read side by side.
+_EXPERTS = _without(_LLAMA, "mlp_post")
 _NEOX = _taps("attention", "dense", "mlp", "dense_4h_to_h", None)
+
+RESIDUAL: dict[Stream, Tap] = {"resid_post": Tap("", "out")}
+"""What every family has."""
 
 FAMILIES: dict[str, dict[Stream, Tap]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3"), _LLAMA),
     **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), _GEMMA),
+    "qwen3_moe": _EXPERTS,
+    "qwen3_5_text": _without(_LLAMA, "attn_out", "attn_z"),
+    "qwen3_5_moe_text": _without(_EXPERTS, "attn_out", "attn_z"),
     "gpt2": _taps("attn", "c_proj", "mlp", "c_proj", Tap("ln_2", "in")),
     "gpt_neox": _NEOX,
     "phi": _taps("self_attn", "dense", "mlp", "fc2", None),
@@ -93,7 +106,7 @@ def find_blocks(model: nn.Module, num_layers: int) -> nn.ModuleList:
 
 def check_point(point: HookPoint, taps: dict[Stream, Tap], num_layers: int) -> None:
     """Raises ConfigError if a model of these streams and layers has no such hook point."""
-    if point.layer >= num_layers:
+    if not 0 <= point.layer < num_layers:
         raise ConfigError(
             f"hook point {point} asks for layer {point.layer}, but the model has layers 0 to {num_layers - 1}"
         )
@@ -173,3 +186,36 @@ class Captures:
         with torch.inference_mode():
             output = model(input_ids=input_ids, use_cache=False)
         return self._got, output.last_hidden_state
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks of a model that has a transformers config.
+
+    Raises:
+        ConfigError: if they cannot be told.
+    """
+    config: Any = model.config
+    return find_blocks(model, config.get_text_config().num_hidden_layers)
+
+
+@contextmanager
+def capture_residual(model: nn.Module, layer_idx: int) -> Iterator[dict[str, Tensor]]:
+    """While it is entered, every forward pass leaves the block's output (B, T, D) under "h" in the yielded dict.
+
+    The hook only reads, never stops the pass, and is gone after the block, also after an exception.
+
+    Raises:
+        ConfigError: if the model has no such layer.
+    """
+    blocks = blocks_of(model)
+    check_point(HookPoint(layer_idx, "resid_post"), RESIDUAL, len(blocks))
+    bucket: dict[str, Tensor] = {}
+
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        bucket["h"] = output[0] if isinstance(output, tuple) else output
+
+    handle = blocks[layer_idx].register_forward_hook(hook)
+    try:
+        yield bucket
+    finally:
+        handle.remove()

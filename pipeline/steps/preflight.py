@@ -18,6 +18,7 @@ from pipeline.steps.shard import Analyzer
 from pipeline.types import SiteKey
 
 POOR_FVU, HOPELESS_FVU = 0.5, 1.0
+MANY_NEGATIVE = 0.01
 NUM_TOKENS = 4096
 
 
@@ -38,6 +39,8 @@ class Fit:
     """Fraction of variance unexplained: 0 is perfect, 1 no better than the mean."""
     l0: float
     """Codes a token."""
+    num_negative: int
+    """Codes below 0, which a TopK without ReLU may have; the census passes over them, and so do the numbers here."""
     dead_share: float
     """Features that fired on none of these tokens."""
     norm: float
@@ -51,14 +54,16 @@ def measure(analyzer: Analyzer, probe: FitProbe) -> list[Fit]:
     xs: dict[SiteKey, list[torch.Tensor]] = {key: [] for key in analyzer.saes}
     made: dict[SiteKey, list[torch.Tensor]] = {key: [] for key in analyzer.saes}
     fired = {key: np.zeros(sae.num_features, bool) for key, sae in analyzer.saes.items()}
-    num_codes = dict.fromkeys(analyzer.saes, 0)
+    num_codes, num_negative = dict.fromkeys(analyzer.saes, 0), dict.fromkeys(analyzer.saes, 0)
     for batch in analyzer.batches(_first_contexts(analyzer, probe)):
         got, books = analyzer.activations(batch)
         for key, sae in analyzer.saes.items():
             x, counted = got[key.hook_point], books[key.hook_point] == masks.COUNTED
             with torch.inference_mode():
-                codes = sae.encode(x)
+                signed = sae.encode(x, signed=True)
+                codes = signed.where(signed.value > 0)
                 y = sae.reconstruct(x, codes)
+            num_negative[key] += int((signed.value < 0)[counted[signed.row, signed.position]].sum())
             codes = codes.where(counted[codes.row, codes.position])
             fired[key][codes.feature] = True
             num_codes[key] += len(codes)
@@ -66,7 +71,14 @@ def measure(analyzer: Analyzer, probe: FitProbe) -> list[Fit]:
             xs[key].append(x[keep].double().cpu())
             made[key].append(y[keep].double().cpu())
     return [
-        _fit(key, torch.cat(xs[key]), torch.cat(made[key]), num_codes[key], float(1 - fired[key].mean()))
+        _fit(
+            key,
+            torch.cat(xs[key]),
+            torch.cat(made[key]),
+            num_codes=num_codes[key],
+            num_negative=num_negative[key],
+            dead_share=float(1 - fired[key].mean()),
+        )
         for key in analyzer.saes
     ]
 
@@ -84,10 +96,12 @@ def _first_contexts(analyzer: Analyzer, probe: FitProbe) -> list[list[int]]:
     return found
 
 
-def _fit(site: SiteKey, x: torch.Tensor, y: torch.Tensor, num_codes: int, dead_share: float) -> Fit:
+def _fit(
+    site: SiteKey, x: torch.Tensor, y: torch.Tensor, *, num_codes: int, num_negative: int, dead_share: float
+) -> Fit:
     if not len(x):
-        nothing = float("nan")
-        return Fit(site=site, num_tokens=0, fvu=nothing, l0=nothing, dead_share=1, norm=nothing, norm_ratio=nothing)
+        nan = float("nan")
+        return Fit(site=site, num_tokens=0, fvu=nan, l0=nan, num_negative=0, dead_share=1, norm=nan, norm_ratio=nan)
     norm = x.norm(dim=1)
     variance = (x - x.mean(dim=0)).square().sum()
     return Fit(
@@ -95,6 +109,7 @@ def _fit(site: SiteKey, x: torch.Tensor, y: torch.Tensor, num_codes: int, dead_s
         num_tokens=len(x),
         fvu=float((x - y).square().sum() / variance) if variance > 0 else float("nan"),
         l0=num_codes / len(x),
+        num_negative=num_negative,
         dead_share=dead_share,
         norm=float(norm.median()),
         norm_ratio=float((y.norm(dim=1) / norm.clamp(min=1e-30)).median()),
@@ -103,8 +118,9 @@ def _fit(site: SiteKey, x: torch.Tensor, y: torch.Tensor, num_codes: int, dead_s
 
 def describe(fit: Fit) -> str:
     """One line for people."""
+    negative = f", {fit.num_negative} negative codes passed over" if fit.num_negative else ""
     return (
-        f"{fit.site}: FVU {fit.fvu:.3f}, L0 {fit.l0:.1f}, silent on this sample {fit.dead_share:.1%}, "
+        f"{fit.site}: FVU {fit.fvu:.3f}, L0 {fit.l0:.1f}{negative}, silent on this sample {fit.dead_share:.1%}, "
         f"|x| {fit.norm:.4g}, |reconstruction| / |x| {fit.norm_ratio:.2f} ({fit.num_tokens} tokens)"
     )
 
@@ -127,6 +143,12 @@ def complaints(fits: Sequence[Fit], saes: Mapping[SiteKey, LoadedSae], bos: bool
             found.append(
                 f"{fit.site}: the fit is {word}: FVU {fit.fvu:.3f} (expected below {POOR_FVU}), L0 {fit.l0:.1f}, "
                 f"|reconstruction| / |x| {fit.norm_ratio:.2f}; check model, hook point and activation scale"
+            )
+        num_codes = fit.num_negative + fit.l0 * fit.num_tokens
+        if fit.num_negative > MANY_NEGATIVE * num_codes:
+            found.append(
+                f"{fit.site}: {fit.num_negative} of {num_codes:.0f} codes are negative, as its TopK has no ReLU; a "
+                "feature fires where its code is above 0, so the census passes over them"
             )
         if (metadata.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"):
             found.append(f"{fit.site}: trained on a model with centred weights, which this one has not")

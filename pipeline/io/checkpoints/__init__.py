@@ -1,28 +1,54 @@
 """SAE checkpoints: find the format of a path, read it into canonical form, prove that it is sound.
 
-One module per format family, each with `detect` and `read`; `FORMATS` lists them. The door to safetensors
-and huggingface_hub.
+One module per format family; `FORMATS` lists them. Each has
+
+- `WEIGHTS`: names its weights file may have, best first; `{layer}` stands for the number of a layer where one
+  folder holds a file for each;
+- `FILES`: the files that decide an SAE, the weights by the first of their names; its digest is over them;
+- `detect(folder)`: whether a folder is laid out like this;
+- `read(weights, tensors, k)`: the SAE and its metadata (`hook_name`, …, possibly empty) from the path of the
+  weights, their tensors in float32, and the k that the user gave, for files that do not say it.
+
+The door to huggingface_hub; `files` is the one to safetensors.
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from pipeline.compute.sae import SparseAutoencoder
+from pipeline.compute.sae import SparseAutoencoder, TopK
 from pipeline.errors import CheckpointError
 from pipeline.io import embedded
-from pipeline.io.checkpoints import neel, sae_lens
+from pipeline.io.checkpoints import (
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    llama_scope,
+    llamascopium,
+    neel,
+    qwen_scope,
+    sae_lens,
+    sparsify,
+)
+from pipeline.io.checkpoints.files import SUFFIXES, read_tensors
 from pipeline.types import HookPoint
 
-FORMATS: dict[str, ModuleType] = {"sae_lens": sae_lens, "neel": neel}
+FORMATS: dict[str, ModuleType] = {
+    "sae_lens": sae_lens,
+    "sparsify": sparsify,
+    "dictionary_learning": dictionary_learning,
+    "gemma_scope": gemma_scope,
+    "gemma_scope_2": gemma_scope_2,
+    "llama_scope": llama_scope,
+    "llamascopium": llamascopium,
+    "qwen_scope": qwen_scope,
+    "neel": neel,
+}
+_MAX_LAYERS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +65,17 @@ class LoadedSae:
     """What the checkpoint says about its training."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where a checkpoint lies on this machine."""
+
+    folder: Path
+    file: Path | None = None
+    """The file that the user named, if any."""
+    name: str
+    """The last part of what the user wrote that is not a file."""
+
+
 def load_sae(
     path: str,
     *,
@@ -46,39 +83,41 @@ def load_sae(
     format_name: str | None = None,
     name: str | None = None,
     revision: str | None = None,
+    k: int | None = None,
 ) -> LoadedSae:
     """Read the SAE at a local path, a hub id (`org/repo/sub/folder`) or an `embedded:` name.
 
     Args:
-        path: where it lies.
-        hook_point: overrides what the checkpoint's metadata says.
+        path: where it lies: a folder, or its weights file.
+        hook_point: overrides what the checkpoint's metadata says. Where a folder has a file for each layer, it
+            also chooses the file.
         format_name: a key of `FORMATS`; detected if None.
-        name: defaults to the last part of the path.
+        name: defaults to the last part of the path that is not a file.
         revision: of a hub repository.
+        k: of a TopK SAE whose checkpoint does not say it; where it does, both must agree.
 
     Raises:
         CheckpointError: if nothing readable lies there.
         ConfigError: if the hook point is not known.
     """
-    folder = _locate(path, revision)
-    reader = _reader(folder, format_name)
-    weights = _weights(folder, reader, Path(path).name)
-    sae, metadata = _guarded(folder, lambda: reader.read(weights, _tensors(weights)))
-    _check_finite(folder, sae)
-    where = hook_point or metadata.get("hook_name")
-    if not where:
-        raise CheckpointError(f"SAE {path} does not say where it belongs; give saes[].hook_point=blocks.<layer>.…")
-    digest = hashlib.sha256()
-    for name_of_file in reader.FILES:
-        part = weights if name_of_file == reader.WEIGHTS else folder / name_of_file
-        if part.is_file():
-            with part.open("rb") as file:
-                digest.update(part.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    chosen = HookPoint.parse(hook_point) if hook_point else None
+    place = _locate(path, revision, chosen)
+    reader = _reader(place.folder, format_name)
+    weights = _weights(place, reader, chosen)
+    sae, metadata = reader.read(weights, read_tensors(weights), k)
+    _check(place.folder, sae)
+    if k is not None and not (isinstance(sae.gate, TopK) and sae.gate.k == k):
+        own = f"a TopK of k = {sae.gate.k}" if isinstance(sae.gate, TopK) else f"a {type(sae.gate).__name__}"
+        raise CheckpointError(f"saes[].k is {k}, but the SAE in {weights} is {own}; leave k out")
+    if chosen is None:
+        if not metadata.get("hook_name"):
+            raise CheckpointError(f"SAE {path} does not say where it belongs; give saes[].hook_point=blocks.<layer>.…")
+        chosen = HookPoint.parse(metadata["hook_name"])
     return LoadedSae(
-        name=name or folder.name,
-        hook_point=HookPoint.parse(where),
+        name=name or place.name,
+        hook_point=chosen,
         sae=sae,
-        digest=digest.hexdigest(),
+        digest=_digest(place.folder, reader, weights, sae),
         metadata=metadata,
     )
 
@@ -88,26 +127,43 @@ def is_sae(folder: Path) -> bool:
     return any(module.detect(folder) for module in FORMATS.values())
 
 
-def _locate(path: str, revision: str | None) -> Path:
+def _locate(path: str, revision: str | None, chosen: HookPoint | None) -> _Place:
     if path.startswith(embedded.PREFIX):
-        return embedded.sae_path(path)
-    folder = Path(path).expanduser()
-    if folder.is_file():
-        folder = folder.parent
-    if folder.is_dir():
-        return folder
+        folder = embedded.sae_path(path)
+        return _Place(folder=folder, name=folder.name)
+    local = Path(path).expanduser()
+    if local.is_file():
+        return _Place(folder=local.parent, file=local, name=local.absolute().parent.name)
+    if local.is_dir():
+        return _Place(folder=local, name=local.absolute().name)
     parts = path.split("/")
-    if folder.is_absolute() or path.startswith((".", "~")) or len(parts) < 2:
+    if local.is_absolute() or path.startswith((".", "~")) or len(parts) < 2:
         raise CheckpointError(f"SAE path {path} does not exist; expected a directory or a hub id org/repo[/folder]")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    repo, inner = "/".join(parts[:2]), "/".join(parts[2:])
+    repo, inner = "/".join(parts[:2]), Path(*parts[2:])
+    is_file = inner.suffix in SUFFIXES
+    wanted = [str(inner), str(inner.parent / "*.json")] if is_file else [str(inner / "*")]
     try:
-        root = snapshot_download(repo, revision=revision, allow_patterns=f"{inner}/*" if inner else None)
+        root = snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=wanted,
+            ignore_patterns=None if is_file else _other_layers(chosen),
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"SAE {path} is neither a local directory nor reachable on the hub: {error}") from error
-    return Path(root) / inner
+    found = Path(root) / inner
+    name = [part for part in parts if part][-2 if is_file else -1]
+    return _Place(folder=found.parent, file=found, name=name) if is_file else _Place(folder=found, name=name)
+
+
+def _other_layers(chosen: HookPoint | None) -> list[str]:
+    """Names of weights files of all layers but the chosen one: a repository may hold gigabytes of them."""
+    patterns = [name for reader in FORMATS.values() for name in reader.WEIGHTS if "{layer}" in name]
+    layers = [layer for layer in range(_MAX_LAYERS) if chosen is None or layer != chosen.layer]
+    return [f"*{pattern.format(layer=layer)}" for pattern in patterns for layer in layers]
 
 
 def _reader(folder: Path, format_name: str | None) -> ModuleType:
@@ -117,58 +173,62 @@ def _reader(folder: Path, format_name: str | None) -> ModuleType:
         if not FORMATS[format_name].detect(folder):
             raise CheckpointError(f"{folder} is not laid out as {format_name}; it has {_listing(folder)}")
         return FORMATS[format_name]
-    found = [module for module in FORMATS.values() if module.detect(folder)]
-    if len(found) != 1:
+    found = [name for name, module in FORMATS.items() if module.detect(folder)]
+    if len(found) > 1:
+        raise CheckpointError(f"{folder} may be {' or '.join(found)}; say which with saes[].format")
+    if not found:
         raise CheckpointError(
             f"{folder} is not an SAE checkpoint of a known format ({', '.join(FORMATS)}); it has "
-            f"{_listing(folder)}; expected for example cfg.json and sae_weights.safetensors"
+            f"{_listing(folder)}; expected for example cfg.json and sae_weights.safetensors, or one layer's own file"
         )
-    return found[0]
+    return FORMATS[found[0]]
 
 
 def _listing(folder: Path) -> str:
-    return ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "no files"
+    entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    return ", ".join(entries[:8]) + (", …" if len(entries) > 8 else "") or "no files"
 
 
-def _weights(folder: Path, reader: ModuleType, named: str) -> Path:
-    """The weights file: the one that the path named, or the only one."""
-    found = sorted(folder.glob(reader.WEIGHTS))
-    chosen = [file for file in found if file.name == named] or found
-    if len(chosen) != 1:
-        raise CheckpointError(f"{folder} holds {', '.join(file.name for file in found)}; give the path of one of them")
-    return chosen[0]
+def _weights(place: _Place, reader: ModuleType, chosen: HookPoint | None) -> Path:
+    """The weights file: the one that was named, or the only one, or the one of the chosen layer."""
+    named = place.file if place.file and place.file.suffix in SUFFIXES else None
+    found = []
+    for pattern in reader.WEIGHTS:
+        found = sorted(place.folder.glob(pattern.format(layer="*")))
+        if named is not None:
+            found = [file for file in found if file == named]
+        elif chosen is not None and chosen.stream == "resid_post" and "{layer}" in pattern:
+            found = [file for file in found if file == place.folder / pattern.format(layer=chosen.layer)]
+        if len(found) == 1:
+            return found[0]
+    expected = " or ".join(reader.WEIGHTS).format(layer="<layer>")
+    if named is not None:
+        raise CheckpointError(f"{named} is not the weights file of its folder; expected {expected}")
+    by_layer = any("{layer}" in pattern for pattern in reader.WEIGHTS)
+    which = "has no file" if not found else "has several files" if not by_layer else "has files of several layers"
+    advice = ", or that layer's saes[].hook_point=blocks.<layer>.hook_resid_post" if by_layer else ""
+    raise CheckpointError(f"{place.folder} {which} ({_listing(place.folder)}); give the path of {expected}{advice}")
 
 
-def _tensors(path: Path) -> Mapping[str, Tensor]:
-    if path.suffix == ".pt":
-        try:
-            found = dict(torch.load(path, map_location="cpu", weights_only=True))
-        except (UnpicklingError, RuntimeError, EOFError, OSError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is not a torch file of plain tensors, and no pickle is loaded") from error
-    else:
-        from safetensors.torch import load_file
-
-        found = load_file(path)
-    return {name: tensor.float() for name, tensor in found.items() if isinstance(tensor, Tensor)}
-
-
-def _guarded(
-    folder: Path, read: Callable[[], tuple[SparseAutoencoder, dict[str, Any]]]
-) -> tuple[SparseAutoencoder, dict[str, Any]]:
-    from safetensors import SafetensorError
-
-    try:
-        return read()
-    except SafetensorError as error:
-        raise CheckpointError(f"the weights in {folder} are not a sound safetensors file: {error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"the config in {folder} is not JSON: {error}") from error
+def _digest(folder: Path, reader: ModuleType, weights: Path, sae: SparseAutoencoder) -> str:
+    digest = hashlib.sha256()
+    for name in reader.FILES:
+        file = weights if name in reader.WEIGHTS else folder / name
+        if file.is_file():
+            with file.open("rb") as opened:
+                digest.update(str(file.relative_to(folder)).encode() + hashlib.file_digest(opened, "sha256").digest())
+    if isinstance(sae.gate, TopK) and not any(name.endswith(".json") for name in reader.FILES):
+        digest.update(str(sae.gate.k).encode())  # no file says it
+    return digest.hexdigest()
 
 
-def _check_finite(folder: Path, sae: SparseAutoencoder) -> None:
+def _check(folder: Path, sae: SparseAutoencoder) -> None:
+    """Every number is finite, and a token keeps at least one code."""
     holders = ((sae, ("w_enc", "b_enc", "w_dec", "b_dec")), (sae.gate, ("threshold", "b_gate", "b_mag", "r_mag")))
     for holder, names in holders:
         for name in names:
             values = getattr(holder, name, None)
             if values is not None and not torch.isfinite(values).all():
                 raise CheckpointError(f"the SAE in {folder} has NaN or infinite values in {name}")
+    if isinstance(sae.gate, TopK) and sae.gate.k < 1:
+        raise CheckpointError(f"the SAE in {folder} would keep {sae.gate.k} codes of a token; expected at least 1")

@@ -4,7 +4,6 @@ pre = (x - b_dec) W_enc + b_enc, ReLU, matrices for row vectors. The first relea
 one-layer model's MLP and say only how wide it is (`d_mlp`); later ones name the hook point (`act_name`, `act_size`).
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,21 @@ from torch import Tensor
 
 from pipeline.compute.sae import Relu, SparseAutoencoder
 from pipeline.errors import CheckpointError
+from pipeline.io.checkpoints.files import json_object
 
-WEIGHTS = "*.pt"
-FILES = (WEIGHTS,)
+WEIGHTS = ("*.pt",)
+FILES = WEIGHTS
 """What decides an SAE: all that its config adds is the hook point, which is part of every key."""
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 def detect(path: Path) -> bool:
     """Whether a directory is laid out like this."""
-    return any(_config_of(weights).is_file() for weights in path.glob(WEIGHTS))
+    return any(_config_of(weights).is_file() for weights in path.glob(WEIGHTS[0]))
 
 
-def read(weights: Path, tensors: Mapping[str, Tensor]) -> tuple[SparseAutoencoder, dict[str, Any]]:
+def read(weights: Path, tensors: Mapping[str, Tensor], _k: int | None) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """The SAE of one version, and its config with a `hook_name`.
-
-    Args:
-        weights: the file `<version>.pt`.
-        tensors: its tensors, float32.
 
     Raises:
         CheckpointError: if a tensor is missing, or the config is missing or says another width.
@@ -48,9 +44,7 @@ def read(weights: Path, tensors: Mapping[str, Tensor]) -> tuple[SparseAutoencode
     path = _config_of(weights)
     if not path.is_file():
         raise CheckpointError(f"{weights} has no config beside it; expected {path.name}")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
+    config = json_object(path)
     said = config.get("act_size", config.get("d_mlp"))
     if said != width:
         raise CheckpointError(f"{path} is of activations {said} wide, but W_enc takes {width}")

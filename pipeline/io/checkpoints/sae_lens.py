@@ -4,7 +4,6 @@ Before 6 the metadata keys stood at the top level and some had other names. What
 (an activation scale that the directory does not hold, a transcoder, a finetuned scaling factor) is refused.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -14,11 +13,10 @@ from torch import Tensor
 
 from pipeline.compute.sae import Gate, Gated, JumpRelu, Relu, SparseAutoencoder, TopK, Transform
 from pipeline.errors import CheckpointError
+from pipeline.io.checkpoints.files import check_shapes, json_object, positive, tensor
 
-WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
-SCALE = "activation_scaler.json"
-FILES = (CONFIG, WEIGHTS, SCALE)
-"""What decides an SAE; its digest is over those that are there."""
+WEIGHTS, CONFIG, SCALE = ("sae_weights.safetensors",), "cfg.json", "activation_scaler.json"
+FILES = (CONFIG, *WEIGHTS, SCALE)
 _ARCHITECTURES = ("standard", "topk", "jumprelu", "batchtopk", "matryoshka_batchtopk", "gated")
 _BY_NORM = ("topk", "batchtopk", "matryoshka_batchtopk")
 """Architectures that may treat their decoder as if its rows had length 1."""
@@ -26,21 +24,17 @@ _BY_NORM = ("topk", "batchtopk", "matryoshka_batchtopk")
 
 def detect(path: Path) -> bool:
     """Whether a directory is laid out like this."""
-    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+    return (path / CONFIG).is_file() and (path / WEIGHTS[0]).is_file()
 
 
-def read(weights: Path, tensors: Mapping[str, Tensor]) -> tuple[SparseAutoencoder, dict[str, Any]]:
+def read(weights: Path, tensors: Mapping[str, Tensor], _k: int | None) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """The SAE of a directory and its metadata (`hook_name`, `prepend_bos`, …, possibly empty).
-
-    Args:
-        weights: the weights file in its directory.
-        tensors: its tensors, float32.
 
     Raises:
         CheckpointError: if a key or tensor is missing, or the SAE is of a kind that is not supported.
     """
     path = weights.parent
-    config = _modern(_json_object(path / CONFIG))
+    config = _modern(json_object(path / CONFIG))
     architecture = config.get("architecture")
     if architecture not in _ARCHITECTURES:
         raise CheckpointError(
@@ -51,14 +45,14 @@ def read(weights: Path, tensors: Mapping[str, Tensor]) -> tuple[SparseAutoencode
     if not torch.all(tensors.get("scaling_factor", torch.ones(1)) == 1):
         raise CheckpointError(f"{path} holds a finetuned scaling_factor, which SAELens no longer defines")
     transform = config.get("normalize_activations") or "none"
-    w_enc, b_enc, w_dec, b_dec = _weights(path, architecture, tensors)
+    w_enc, b_enc, w_dec, b_dec = _weights(weights, architecture, tensors)
     scale = 1.0
     if transform == "expected_average_only_in":
         scale = _activation_scale(path)
         w_enc, w_dec, b_dec, transform = w_enc * scale, w_dec / scale, b_dec / scale, "none"
     if transform not in get_args(Transform):
         raise CheckpointError(f"{path}: normalize_activations {transform!r} is not supported")
-    gate = _gate(path, architecture, config, tensors)
+    gate = _gate(weights, architecture, config, tensors)
     if architecture in _BY_NORM and config.get("rescale_acts_by_decoder_norm"):
         norms = w_dec.norm(dim=1)  # codes are selected and reported times the norm, decoded without it
         w_enc, b_enc, w_dec = w_enc * norms, b_enc * norms, w_dec / norms[:, None]
@@ -74,13 +68,6 @@ def read(weights: Path, tensors: Mapping[str, Tensor]) -> tuple[SparseAutoencode
         transform=cast(Transform, transform),
     )
     return sae, config["metadata"]
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    value = json.loads(path.read_text())
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return value
 
 
 def _modern(config: dict[str, Any]) -> dict[str, Any]:
@@ -112,52 +99,31 @@ def _modern(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"metadata": {key: config[key] for key in metadata if key in config}}
 
 
-def _tensor(path: Path, tensors: Mapping[str, Tensor], name: str, num_features: int | None = None) -> Tensor:
-    """A tensor of the checkpoint; with `num_features`, one number for each feature."""
-    if name not in tensors:
-        raise CheckpointError(f"{path / WEIGHTS} has no tensor {name!r}; it has {', '.join(sorted(tensors))}")
-    tensor = tensors[name]
-    if num_features is None:
-        return tensor
-    if tensor.numel() == 1:
-        return tensor.reshape(1).expand(num_features).contiguous()
-    if tensor.shape != (num_features,):
-        raise CheckpointError(
-            f"{path / WEIGHTS}: {name} {tuple(tensor.shape)} does not fit; expected {(num_features,)}"
-        )
-    return tensor
-
-
-def _weights(path: Path, architecture: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    w_enc, w_dec, b_dec = (_tensor(path, tensors, name) for name in ("W_enc", "W_dec", "b_dec"))
-    b_enc = torch.zeros(w_enc.shape[-1:]) if architecture == "gated" else _tensor(path, tensors, "b_enc")
-    width, num_features = w_enc.shape if w_enc.ndim == 2 else (-1, -1)
-    if (w_dec.shape, b_enc.shape, b_dec.shape) != ((num_features, width), (num_features,), (width,)):
-        raise CheckpointError(
-            f"{path / WEIGHTS}: W_enc {tuple(w_enc.shape)}, b_enc {tuple(b_enc.shape)}, W_dec {tuple(w_dec.shape)}, "
-            f"b_dec {tuple(b_dec.shape)} do not fit; expected (D, F), (F,), (F, D), (D,)"
-        )
+def _weights(weights: Path, architecture: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    w_enc, w_dec, b_dec = (tensor(weights, tensors, name) for name in ("W_enc", "W_dec", "b_dec"))
+    b_enc = torch.zeros(w_enc.shape[-1:]) if architecture == "gated" else tensor(weights, tensors, "b_enc")
+    check_shapes(weights, w_enc, b_enc, w_dec, b_dec)
     return w_enc, b_enc, w_dec, b_dec
 
 
-def _gate(path: Path, architecture: str, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Gate:
+def _gate(weights: Path, architecture: str, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Gate:
     num_features = tensors["W_enc"].shape[1]
     match architecture:
         case "standard":
             return Relu()
         case "topk":
             if not isinstance(config.get("k"), int) or config["k"] < 1:
-                raise CheckpointError(f"{path / CONFIG} is of a topk SAE but gives k as {config.get('k')!r}")
+                raise CheckpointError(f"{weights.parent / CONFIG} is of a topk SAE but gives k as {config.get('k')!r}")
             return TopK(config["k"])
         case "gated":
-            return Gated(*(_tensor(path, tensors, name, num_features) for name in ("b_gate", "b_mag", "r_mag")))
+            return Gated(*(tensor(weights, tensors, name, num_features) for name in ("b_gate", "b_mag", "r_mag")))
         case _:
             name = next((n for n in ("log_threshold", "topk_threshold") if n in tensors), "threshold")
-            threshold = _tensor(path, tensors, name, num_features)
+            threshold = tensor(weights, tensors, name, num_features)
             if name == "log_threshold":
                 threshold = threshold.exp()
             if bool((threshold < 0).any()):
-                raise CheckpointError(f"{path}: a threshold is below 0; was the SAE trained to the end?")
+                raise CheckpointError(f"{weights}: a threshold is below 0; was the SAE trained to the end?")
             return JumpRelu(threshold)
 
 
@@ -169,7 +135,4 @@ def _activation_scale(path: Path) -> float:
             f"(normalize_activations: expected_average_only_in); put it into {SCALE} as "
             '{"scaling_factor": …} or fold it into the weights'
         )
-    scale = _json_object(file).get("scaling_factor")
-    if not isinstance(scale, int | float) or not scale > 0:
-        raise CheckpointError(f"{file} gives scaling_factor as {scale!r}; expected a number above 0")
-    return float(scale)
+    return positive(file, json_object(file).get("scaling_factor"), "scaling_factor")
