@@ -1,8 +1,10 @@
 """`python -m sae_discover`: which features does this prompt use? One prompt, or a file of them."""
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +19,7 @@ from pipeline.config import ClusterConfig, DiscoverRequest, DiscoveryConfig, Mod
 from pipeline.errors import ConfigError
 from pipeline.findings import Discovery
 from pipeline.flows.discover import discover, discover_batch
+from pipeline.flows.rank_drift import rank_drift
 from pipeline.io import answers
 from pipeline.steps.sae_map import saes_named
 
@@ -36,6 +39,10 @@ def main() -> None:
 
 def _run() -> int:
     given = vars(_parser().parse_args())
+    if given["compare"]:
+        drift = rank_drift(*map(Path, given["compare"]))
+        print(json.dumps(asdict(drift), indent=1))
+        return _main.DONE
     out = Path(given["out"]) if given["out"] else None
     if out is not None:
         answers.check_suffix(out)
@@ -147,6 +154,9 @@ def _parser() -> argparse.ArgumentParser:
         kind: Any = str if name in ("catalog", "labels") else int
         parser.add_argument(f"--{name}", type=kind, help=_help(field))
     parser.add_argument("--workers", type=int, default=1, help="of a batch, on Ray if more than one")
+    parser.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="two answer files for the same prompts: rank drift"
+    )
     parser.add_argument("--device", help="auto, cpu, cuda")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--tau", type=_tau, help="p95, p95_nonzero, quantile:0.9 or constant:0.5")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from conftest import LAYERS, WIDTH, MakeConfig
 from hypothesis import HealthCheck, given, settings
@@ -32,11 +33,12 @@ from transformers import (
 from pipeline.compute import stats as statistics
 from pipeline.compute.stats import FeatureStats
 from pipeline.config import DiscoverRequest, DiscoveryConfig, SaeConfig
-from pipeline.errors import ConfigError, CorruptError, DeadlineError, RequestError, ShardError
+from pipeline.errors import ConfigError, CorruptError, DeadlineError, RequestError, ShardError, SourceError
 from pipeline.findings import Discovery, FoundFeature
 from pipeline.flows.analyze import analyze
 from pipeline.flows.catalog import Catalog
 from pipeline.flows.discover import open_discoverer
+from pipeline.flows.rank_drift import rank_drift
 from pipeline.io import generation
 from pipeline.io.memo import ArrayCache
 from pipeline.io.model import LanguageModel
@@ -1096,3 +1098,25 @@ def test_a_catalog_of_other_saes_is_refused(catalog_bench, gates, tmp_path):
         other.open()
     with pytest.raises(ConfigError, match="there is no catalog at"):
         open_discoverer(catalog_bench.config(catalog=str(tmp_path)))
+
+
+def test_rank_drift_is_spearman_and_overlap_over_the_same_prompts(tmp_path: Path) -> None:
+    def answer(**scores: float) -> dict[str, Any]:
+        rows = [{"layer": 1, "stream": "resid_post", "feature_id": int(k[1:]), "score": v} for k, v in scores.items()]
+        return {"features": rows}
+
+    first = [answer(f1=5.0, f2=4.0, f3=3.0, f4=2.0, f5=1.0), answer(f1=1.0)]
+    second = [answer(f2=5.0, f1=4.0, f3=3.0, f4=2.0, f9=1.0), {"line": 2, "error": {}}]
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file, records in zip(files, (first, second), strict=True):
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    drift = rank_drift(*files)
+    a, b = [5, 4, 3, 2, 1, 0, 1], [4, 5, 3, 2, 0, 1, 0]
+    assert (drift.num_prompts, drift.num_features) == (2, 7)
+    assert drift.rank_correlation == pytest.approx(scipy.stats.spearmanr(a, b).statistic)
+    assert drift.overlap == {5: 0.8}
+    (tmp_path / "c.json").write_text(json.dumps(first[0]))
+    with pytest.raises(SourceError, match="expected the same prompts"):
+        rank_drift(files[0], tmp_path / "c.json")
+    with pytest.raises(SourceError, match=r"is not a \.json or \.jsonl file"):
+        rank_drift(files[0], tmp_path / "missing.json")
