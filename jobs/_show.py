@@ -1,14 +1,21 @@
-"""Pieces of tables for a terminal, safe for any text."""
+"""What tables on a terminal share: spans on one line with their peak marked, safe for any text."""
 
 import re
+import sys
 import unicodedata
-from collections.abc import Sequence
+from typing import Any
 
+from rich.console import Console
 from rich.text import Text
 
-PLAIN_WIDTH = 116
-"""Of tables where there is no terminal."""
+_SPAN_WIDTH = 54
+_PLAIN_WIDTH = 116
 _LINE_ENDS = str.maketrans({"\n": "↩", "\r": "↩", "\t": "⇥"})
+
+
+def console() -> Console:
+    """As wide as the terminal, or of a fixed width where there is none."""
+    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 
 
 def printable(text: str) -> str:
@@ -17,9 +24,13 @@ def printable(text: str) -> str:
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text)
 
 
-def highlighted(tokens: Sequence[str], peak: int, width: int) -> Text:
-    """A window of text with its peak token in bold quotes, cut to about `width` characters around it."""
-    before, at, after = (
-        printable("".join(part)) for part in (tokens[:peak], tokens[peak : peak + 1], tokens[peak + 1 :])
-    )
+def highlighted(span: dict[str, Any], width: int = _SPAN_WIDTH) -> Text:
+    """About `width` characters of a span of a catalog, two thirds before its peak token, which is marked."""
+    return marked(span["tokens"], int(span["position"]) - int(span["start"]), width)
+
+
+def marked(tokens: list[str], peak: int, width: int = _SPAN_WIDTH) -> Text:
+    """The same for the tokens of a window, and the place of its peak among them."""
+    parts = tokens[:peak], tokens[peak : peak + 1], tokens[peak + 1 :]
+    before, at, after = (printable("".join(part)) for part in parts)
     return Text.assemble(before[-width * 2 // 3 :], (f"«{at}»", "bold"), after[: width // 3])

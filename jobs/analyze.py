@@ -2,27 +2,25 @@
 
 import sys
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from jobs import _main
-from jobs._show import PLAIN_WIDTH, highlighted
+from jobs._show import console, highlighted
 from pipeline.config import AnalyzeConfig
 from pipeline.flows.analyze import Analysis, analyze
 from pipeline.flows.catalog import Catalog
 
 _BEST = 5
-_SPAN_WIDTH = 54
 
 
 def job(config: AnalyzeConfig) -> int:
     """Run the flow and show what came out."""
     analysis = analyze(config)
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    screen = console()
     for row in sorted(analysis.catalog.best(1).to_pylist(), key=lambda row: (row["layer"], row["sae"])):
-        console.print(best_table(analysis.catalog, row["hook_point"], row["sae"], num_features=_BEST))
-    console.print(_summary(analysis), markup=False, highlight=False, soft_wrap=True)
+        screen.print(best_table(analysis.catalog, row["hook_point"], row["sae"], num_features=_BEST))
+    screen.print(_summary(analysis), markup=False, highlight=False, soft_wrap=True)
     if analysis.failures:
         print(f"{len(analysis.failures)} shards failed and are missing from the catalog", file=sys.stderr)
         return _main.PARTLY
@@ -38,9 +36,7 @@ def best_table(catalog: Catalog, hook_point: str, sae: str, num_features: int) -
     table.add_column("strongest spans", no_wrap=True)
     for row in catalog.best(num_features, hook_point, sae).to_pylist():
         spans = catalog.spans(hook_point, sae, row["feature_id"], ["top"]).slice(0, 2).to_pylist()
-        text = Text("\n").join(
-            highlighted(span["tokens"], span["position"] - span["start"], _SPAN_WIDTH) for span in spans
-        )
+        text = Text("\n").join(highlighted(span) for span in spans)
         numbers = (
             row["rank"],
             row["feature_id"],

@@ -1,29 +1,28 @@
 """`python -m jobs.attribute`: the tokens that every feature promotes and suppresses, into a catalog or a folder."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from jobs import _main
+from jobs._show import console
 from pipeline.config import AttributeConfig
 from pipeline.flows.attribute import attribute
 from pipeline.io import tables
 from pipeline.steps.logits import LOGITS, MOMENTS
 
 _FEATURES, _TOKENS = 5, 6
-_TOKENS_WIDTH, _PLAIN_WIDTH = 42, 116
+_TOKENS_WIDTH = 42
 
 
 def job(config: AttributeConfig) -> int:
     """Run the flow and show the features whose logits are the most peaked."""
     attribution = attribute(config)
-    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    screen = console()
     for table in peaked(attribution.folder):
-        console.print(table)
+        screen.print(table)
     print(f"logits    {attribution.folder}{'' if attribution.is_new else ' (unchanged)'}")
     print(f"time      {attribution.seconds:.1f} s")
     return _main.DONE

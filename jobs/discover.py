@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pydantic
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from jobs import _main
-from jobs._show import PLAIN_WIDTH, highlighted, printable
+from jobs._show import console, marked, printable
 from pipeline.config import ClusterConfig, DiscoverRequest, DiscoveryConfig, ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.findings import Discovery
@@ -109,7 +108,7 @@ def _batch(given: dict[str, Any], config: DiscoveryConfig, request: dict[str, An
 
 def show(answer: Discovery) -> None:
     """Print an answer for people."""
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    screen = console()
     analyzed = answer.analyzed
     table = Table(title=f"{analyzed.mode} by {analyzed.score_mode}", title_justify="left")
     for name, width in (("rank", 4), ("feature", 20), ("score", 8), ("coverage", 8), ("max", 6), ("pctl", 4)):
@@ -126,18 +125,18 @@ def show(answer: Discovery) -> None:
         if labelled:
             cells.append(printable(feature.proto_label or ""))
         spans = feature.top_spans[:1]
-        text = highlighted(spans[0].tokens, spans[0].peak - spans[0].position[0], 50) if spans else Text()
+        text = marked(spans[0].tokens, spans[0].peak - spans[0].position[0], 50) if spans else Text()
         table.add_row(*map(Text, cells), text)
-    console.print(table)
+    screen.print(table)
     if analyzed.tokens_generated:
-        console.print(Text(f"continuation ({analyzed.generation}): {printable(analyzed.text)[-400:]}"))
-    console.print(
+        screen.print(Text(f"continuation ({analyzed.generation}): {printable(analyzed.text)[-400:]}"))
+    screen.print(
         f"{analyzed.tokens_kept} of {analyzed.tokens} tokens kept, {analyzed.features_scored} features fire there, "
         f"{analyzed.features_gated} below coverage {analyzed.min_coverage:g}; tau: {analyzed.tau}",
         highlight=False,
     )
     for note in analyzed.notes:
-        console.print(Text(f"note: {note}"))
+        screen.print(Text(f"note: {note}"))
 
 
 def _parser() -> argparse.ArgumentParser:

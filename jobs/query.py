@@ -4,12 +4,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from jobs import _main
-from jobs._show import PLAIN_WIDTH, printable
+from jobs._show import console, printable
 from pipeline.config.query import QueryConfig
 from pipeline.flows.query import query
 from pipeline.io import answers
@@ -24,8 +23,8 @@ def job(config: QueryConfig) -> int:
         answers.write_rows(Path(config.out), rows)
         print(f"{len(rows)} rows written to {config.out}", file=sys.stderr)
         return _main.DONE
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    console.print(table(rows, console.width) if rows else "nothing found")
+    screen = console()
+    screen.print(table(rows, screen.width) if rows else "nothing found")
     return _main.DONE
 
 

@@ -3,27 +3,26 @@
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from jobs import _main
+from jobs._show import console
 from pipeline.config import TraceConfig
 from pipeline.flows.origins import Origin, Origins
 from pipeline.flows.trace import Tracing, trace
 
 _FEATURES = 20
 _SHOWN = 6
-_PLAIN_WIDTH = 116
 
 
 def job(config: TraceConfig) -> int:
     """Run the flow and show what came out."""
     tracing = trace(config)
-    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    screen = console()
     for one in tracing.origins[:_FEATURES]:
-        console.print(origins_table(one))
-    console.print(_summary(tracing), markup=False, highlight=False, soft_wrap=True)
+        screen.print(origins_table(one))
+    screen.print(_summary(tracing), markup=False, highlight=False, soft_wrap=True)
     if tracing.failures:
         print(f"batches of spans that failed and are missing: {len(tracing.failures)}", file=sys.stderr)
         return _main.PARTLY

@@ -7,9 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.config import AnalyzeConfig, DirectLogitAttributorConfig, FeatureAnalyzerConfig
+    from pipeline.config import AnalyzeConfig, CompareConfig, DirectLogitAttributorConfig, FeatureAnalyzerConfig
     from pipeline.flows.analyze import analyze
     from pipeline.flows.catalog import Catalog
+    from pipeline.flows.compare import compare
     from pipeline.flows.feature_analyzer import FeatureAnalyzer
     from pipeline.flows.linearized import analyze_linearized_feature
     from pipeline.flows.observe import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AnalyzeConfig",
     "Catalog",
+    "CompareConfig",
     "DirectLogitAttributor",
     "DirectLogitAttributorConfig",
     "FeatureAnalyzer",
@@ -47,6 +49,7 @@ __all__ = [
     "analyze",
     "analyze_linearized_feature",
     "capture_residual",
+    "compare",
     "differential_features",
     "encode_prompts",
     "fire_rate",
@@ -63,29 +66,31 @@ __all__ = [
 _HOMES = {
     "AnalyzeConfig": "pipeline.config",
     "Catalog": "pipeline.flows.catalog",
-    "FeatureAnalyzer": "pipeline.flows.feature_analyzer",
-    "FeatureAnalyzerConfig": "pipeline.config",
+    "CompareConfig": "pipeline.config",
     "DirectLogitAttributor": "pipeline.steps.logits",
     "DirectLogitAttributorConfig": "pipeline.config",
+    "FeatureAnalyzer": "pipeline.flows.feature_analyzer",
+    "FeatureAnalyzerConfig": "pipeline.config",
+    "FeatureRanking": "pipeline.flows.observe",
     "HookPoint": "pipeline.types",
     "LanguageModel": "pipeline.io.model",
-    "analyze": "pipeline.flows.analyze",
-    "analyze_linearized_feature": "pipeline.flows.linearized",
-    "load_sae": "pipeline.io.checkpoints",
-    "make_token_df": "pipeline.flows.token_tables",
-    "save_linearized": "pipeline.flows.token_tables",
-    "trace_feature": "pipeline.flows.trace",
-    "FeatureRanking": "pipeline.flows.observe",
     "PromptCodes": "pipeline.flows.observe",
     "SetSums": "pipeline.flows.observe",
+    "analyze": "pipeline.flows.analyze",
+    "analyze_linearized_feature": "pipeline.flows.linearized",
     "capture_residual": "pipeline.flows.observe",
+    "compare": "pipeline.flows.compare",
     "differential_features": "pipeline.flows.observe",
     "encode_prompts": "pipeline.flows.observe",
     "fire_rate": "pipeline.flows.observe",
+    "load_sae": "pipeline.io.checkpoints",
+    "make_token_df": "pipeline.flows.token_tables",
     "observe_prompts": "pipeline.flows.observe",
     "pretty_ranking": "pipeline.flows.observe",
+    "save_linearized": "pipeline.flows.token_tables",
     "scan_prompts_for_feature": "pipeline.flows.observe",
     "top_features_for_prompt": "pipeline.flows.observe",
+    "trace_feature": "pipeline.flows.trace",
 }
 
 

@@ -72,6 +72,8 @@ class Receipt(_Record):
     """By hook point: counted tokens, and those that each mask rule excluded; padding included."""
     contexts: dict[str, int]
     """By hook point: contexts with at least one counted token."""
+    documents: dict[str, dict[str, int]]
+    """By hook point: documents with at least one counted token, and the sum over documents of (counted tokens)²."""
     ran: dict[str, Any]
     """Host, time and seconds; decides nothing."""
 

@@ -273,6 +273,26 @@ class Twin:
                 }
         return rows
 
+    def documents(self, site: Site) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """By slice: counted tokens (documents), firings and sums of codes (documents, features).
+
+        A document that is cut at the edge of a shard is two.
+        """
+        found: dict[str, dict[tuple[str, str], list[np.ndarray]]] = {}
+        for context, codes, rules in zip(self.contexts, site.codes, site.rules, strict=True):
+            documents = found.setdefault(context.slice, {})
+            for position, name in enumerate(context.documents):
+                if rules[position] == COUNTED:
+                    documents.setdefault((context.shard_id, name), []).append(codes[position].astype(np.float64))
+        return {
+            name: (
+                np.array([len(tokens) for tokens in documents.values()]),
+                np.array([(np.array(tokens) > 0).sum(axis=0) for tokens in documents.values()]),
+                np.array([np.array(tokens).sum(axis=0) for tokens in documents.values()]),
+            )
+            for name, documents in found.items()
+        }
+
     def top(self, site: Site, feature: int) -> list[tuple[np.float32, int, int]]:
         """(value, index of context, position) of the strongest contexts, each at its first maximum."""
         codes = site.codes[:, :, feature]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from reference import COUNTED, RULES, Context, Site, Twin, octave
 
+from pipeline.compute import fixed
 from pipeline.compute.stats import QUANTILE_ERROR
 from pipeline.config import AnalyzeConfig
 from pipeline.flows.analyze import analyze
@@ -129,6 +130,32 @@ def test_every_number_of_a_slice_equals_the_twins(world):
                 assert row[name] == mine[name]
             for name in ("frequency", "sum", "mean_when_firing"):
                 assert row[name] == pytest.approx(mine[name], rel=1e-6)
+
+
+def test_every_sum_over_the_documents_of_a_slice_equals_the_twins(world):
+    for site in world.twin.sites:
+        arrays, expected = world.catalog.statistics(site.hook_point, site.sae), world.twin.documents(site)
+        assert sorted(world.catalog.manifest["coverage"]["slices"]) == sorted(expected)
+        for i, (_, (tokens, counts, totals)) in enumerate(sorted(expected.items())):
+            exact = {
+                "documents": len(tokens),
+                "tokens": tokens.sum(),
+                "tokens_square": (tokens**2).sum(),
+                "count": counts.sum(axis=0),
+                "document_count": (counts > 0).sum(axis=0),
+                "document_count_square": (counts**2).sum(axis=0),
+                "document_count_tokens": tokens @ counts,
+            }
+            for name, numbers in exact.items():
+                assert np.array_equal(arrays[f"slice_{name}"][..., i], numbers), name
+            close = {
+                "total": (totals.sum(axis=0), fixed.SUM_SCALE),
+                "document_total_square": ((totals**2).sum(axis=0), fixed.SQUARE_SCALE),
+                "document_total_tokens": (tokens @ totals, fixed.SUM_SCALE),
+            }
+            for name, (numbers, scale) in close.items():
+                found = fixed.to_float(arrays[f"slice_{name}"][:, i], scale)
+                np.testing.assert_allclose(found, numbers, rtol=1e-6, err_msg=name)
 
 
 def test_the_manifest_books_every_token_and_record(world):

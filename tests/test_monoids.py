@@ -17,6 +17,7 @@ from pipeline.compute import fixed
 from pipeline.compute import stats as statistics
 from pipeline.compute.census import SiteCensus
 from pipeline.compute.codes import Codes, concatenate, empty, sorted_codes
+from pipeline.compute.documents import DocumentCensus, DocumentStats, document_grid
 from pipeline.compute.samples import Entries, Kept, Samples, SampleSizes, firing_keys, silent_keys
 from pipeline.compute.stats import NUM_BINS, QUANTILE_ERROR, FeatureStats
 from pipeline.errors import ShardError
@@ -106,6 +107,19 @@ def test_adding_totals_is_exact_associative_and_commutative(a: list[int], b: lis
     assert fixed.add(x, y).tobytes() == fixed.add(y, x).tobytes()
     assert fixed.add(fixed.add(x, y), z).tobytes() == fixed.add(x, fixed.add(y, z)).tobytes()
     assert fixed.add(x, fixed.zeros(3)).tobytes() == x.tobytes()
+
+
+@law
+@given(
+    st.lists(st.lists(st.floats(0, 2.0**70), min_size=1, max_size=9), max_size=5),
+    st.sampled_from([fixed.SUM_SCALE, fixed.SQUARE_SCALE, 0]),
+)
+def test_single_values_become_totals_and_runs_of_totals_add_up_exactly(runs: list[list[float]], scale: int) -> None:
+    each = fixed.of(np.array([value for run in runs for value in run], np.float64), scale)
+    exact = [[round(Fraction(value) * (1 << scale)) for value in run] for run in runs]
+    assert totals_of(each) == [total for run in exact for total in run]
+    starts = np.cumsum([0, *map(len, runs)])[:-1].astype(np.int64)
+    assert totals_of(fixed.segment_totals(each, starts)) == list(map(sum, exact))
 
 
 @pytest.mark.parametrize(
@@ -463,11 +477,24 @@ counted_tokens = st.lists(st.booleans(), min_size=ROWS * T, max_size=ROWS * T).m
 )
 
 
+# A document may end anywhere: in a context, at its edge, or many contexts later.
+grids = st.lists(st.integers(0, 9).map(lambda n: n == 0), min_size=ROWS * T, max_size=ROWS * T).map(
+    lambda ends: np.cumsum([0, *ends[:-1]], dtype=np.int32).reshape(ROWS, T)
+)
+GRID = (np.arange(ROWS * T, dtype=np.int32) // 7).reshape(ROWS, T)
+
+
 def census_of(
-    firings: Firings, counted: np.ndarray, *, block_codes: int = 1 << 20, batch: int = 3, backwards: bool = False
+    firings: Firings,
+    counted: np.ndarray,
+    grid: np.ndarray = GRID,
+    *,
+    block_codes: int = 1 << 20,
+    batch: int = 3,
+    backwards: bool = False,
 ) -> dict[str, np.ndarray]:
     census = SiteCensus(
-        F, 2, SIZES, seed=SEED, shard_key=SHARDS[1], num_positions=T, keep_codes=True, block_codes=block_codes
+        F, 2, SIZES, seed=SEED, shard_key=SHARDS[1], documents=grid, keep_codes=True, block_codes=block_codes
     )
     first_rows = range(0, ROWS, batch)
     for first in reversed(first_rows) if backwards else first_rows:
@@ -481,19 +508,21 @@ def equal_arrays(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 
 @law
-@given(firings_of_a_shard, counted_tokens, st.integers(1, 40), st.integers(1, ROWS))
+@given(firings_of_a_shard, counted_tokens, grids, st.integers(1, 40), st.integers(1, ROWS))
 def test_the_size_of_blocks_and_batches_changes_no_array_of_the_census(
-    firings: Firings, counted: np.ndarray, block_codes: int, batch: int
+    firings: Firings, counted: np.ndarray, grid: np.ndarray, block_codes: int, batch: int
 ) -> None:
     assert equal_arrays(
-        census_of(firings, counted, block_codes=block_codes, batch=batch), census_of(firings, counted, batch=ROWS)
+        census_of(firings, counted, grid, block_codes=block_codes, batch=batch),
+        census_of(firings, counted, grid, batch=ROWS),
     )
 
 
 def test_the_order_of_batches_changes_no_array_of_the_census() -> None:
     firings = {(f, row, 0): 1.0 + row for f in range(F) for row in range(ROWS)}
     counted = np.ones((ROWS, T), bool)
-    assert equal_arrays(census_of(firings, counted, backwards=True), census_of(firings, counted))
+    backwards = census_of(firings, counted, block_codes=1, batch=1, backwards=True)
+    assert equal_arrays(backwards, census_of(firings, counted))
 
 
 @law
@@ -564,7 +593,7 @@ def test_sums_for_the_fit_do_not_depend_on_how_tokens_were_grouped(lengths: list
     rng = np.random.default_rng(seed)
     x = (100 * rng.standard_normal((sum(lengths), 3))).astype(np.float32)
     error = rng.standard_normal(x.shape).astype(np.float32)
-    whole, parts = (SiteCensus(F, 3, SIZES, seed=0, shard_key=0, num_positions=T) for _ in range(2))
+    whole, parts = (SiteCensus(F, 3, SIZES, seed=0, shard_key=0, documents=GRID) for _ in range(2))
     whole.add_fit(x, error)
     bounds = np.cumsum([0, *lengths])
     for start, stop in pairwise(bounds):
@@ -575,3 +604,84 @@ def test_sums_for_the_fit_do_not_depend_on_how_tokens_were_grouped(lengths: list
     exact = [sum(round(Fraction(float(v)) * (1 << fixed.SUM_SCALE)) for v in column) for column in x.T]
     assert totals_of(arrays["fit_vector"]) == exact
     assert arrays["fit_tokens"].tolist() == [len(x)]
+
+
+# --- documents ----------------------------------------------------------------------------------------------
+
+
+def documents_of(firings: Firings, counted: np.ndarray, grid: np.ndarray) -> DocumentStats:
+    census = DocumentCensus(F, grid)
+    census.see(counted, 0)
+    census.add(codes_of({address: value for address, value in firings.items() if counted[address[1:]]}))
+    return census.finish()
+
+
+@law
+@given(firings_of_a_shard, counted_tokens, grids)
+def test_sums_over_documents_equal_their_slow_twin(firings: Firings, counted: np.ndarray, grid: np.ndarray) -> None:
+    num_tokens = np.bincount(grid[counted], minlength=int(grid.max()) + 1).tolist()
+    counts, totals = defaultdict[tuple[int, int], int](int), defaultdict[tuple[int, int], int](int)
+    for (feature, row, position), value in firings.items():
+        if counted[row, position]:
+            counts[feature, grid[row, position]] += 1
+            totals[feature, grid[row, position]] += round(Fraction(value) * (1 << fixed.SUM_SCALE))
+    expected: dict[str, list[int]] = {name: [0] * F for name in DocumentStats.__dataclass_fields__}
+    for (feature, document), count in counts.items():
+        total = math.ldexp(totals[feature, document], -fixed.SUM_SCALE)
+        expected["document_count"][feature] += 1
+        expected["document_count_square"][feature] += count**2
+        expected["document_count_tokens"][feature] += count * num_tokens[document]
+        square, tokens = Fraction(total * total), Fraction(total * num_tokens[document])
+        expected["document_total_square"][feature] += round(square * (1 << fixed.SQUARE_SCALE))
+        expected["document_total_tokens"][feature] += round(tokens * (1 << fixed.SUM_SCALE))
+    found = documents_of(firings, counted, grid)
+    for name, array in found.arrays().items():
+        assert (totals_of(array) if array.ndim == 2 else array.tolist()) == expected[name], name
+    arrays = census_of(firings, counted, grid, block_codes=5, batch=2)
+    assert equal_arrays(found.arrays(), {name: arrays[name] for name in expected})
+    assert arrays["document_tokens"].tolist() == num_tokens
+    found.check_books(arrays["count"])
+
+
+@law
+@given(st.lists(firings_of_a_shard, min_size=3, max_size=3), grids)
+def test_merging_sums_over_documents_is_a_commutative_monoid(shards: list[Firings], grid: np.ndarray) -> None:
+    x, y, z = (documents_of(firings, np.ones((ROWS, T), bool), grid) for firings in shards)
+    assert same(x.merge(y), y.merge(x))
+    assert same(x.merge(y).merge(z), x.merge(y.merge(z)))
+    assert same(x.merge(DocumentStats.zero(F)), x)
+    with pytest.raises(ValueError, match="cannot merge documents of 5 and 6 features"):
+        x.merge(DocumentStats.zero(6))
+
+
+def test_a_document_that_lacks_contexts_is_no_document() -> None:
+    census = DocumentCensus(F, np.zeros((ROWS, T), np.int32))
+    census.see(np.ones((3, T), bool), 0)
+    census.add(codes_of({(0, 1, 1): 1.0}))
+    with pytest.raises(ValueError, match="document 0 lacks contexts"):
+        census.finish()
+
+
+@pytest.mark.parametrize(
+    ("name", "by", "message"),
+    [
+        ("document_count", 99, "document_count > count at feature 2"),
+        ("document_count", -7, "disagree on silence at feature 2"),
+        ("document_count_square", -99, "document_count_square < count at feature 2"),
+        ("document_count_tokens", -99, "document_count_tokens < document_count_square at feature 2"),
+    ],
+)
+def test_tampered_books_of_documents_are_refused_by_law_and_feature(name: str, by: int, message: str) -> None:
+    firings = {(f, row, 0): 2.0 for f in range(F) for row in range(ROWS)}
+    stats, count = documents_of(firings, np.ones((ROWS, T), bool), GRID), np.full(F, ROWS)
+    stats.check_books(count)
+    getattr(stats, name)[2] += by
+    with pytest.raises(ValueError, match=message):
+        stats.check_books(count)
+
+
+def test_the_grid_of_documents_follows_runs_over_contexts_and_padding() -> None:
+    run_row, run_start = np.array([0, 0, 1, 2, 3]), np.array([0, 3, 0, 0, 0])
+    is_new = np.array([True, True, False, True, True])
+    grid = document_grid(run_row, run_start, is_new, num_rows=4, num_positions=4)
+    assert grid.tolist() == [[0, 0, 0, 1], [1, 1, 1, 1], [2, 2, 2, 2], [3, 3, 3, 3]]

@@ -5,10 +5,11 @@ accumulator is exact, so the block size changes no bit.
 """
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int32, Int64
 
 from pipeline.compute import fixed
 from pipeline.compute.codes import Codes, concatenate, empty, of_pairs
+from pipeline.compute.documents import DocumentCensus
 from pipeline.compute.samples import Samples, SampleSizes
 from pipeline.compute.stats import FeatureStats
 from pipeline.errors import ShardError
@@ -31,16 +32,17 @@ class SiteCensus:
         *,
         seed: int,
         shard_key: int,
-        num_positions: int,
+        documents: Int32[np.ndarray, "R T"],
         keep_codes: bool = False,
         block_codes: int = BLOCK_CODES,
     ):
         self._stats = FeatureStats.zero(num_features)
         self._samples = Samples.zero(num_features, sizes)
+        self._documents = DocumentCensus(num_features, documents)
         self._l0 = np.zeros(L0_BINS, np.int64)
         self._fit = {"error": fixed.zeros(1), "square": fixed.zeros(1), "vector": fixed.zeros(width)}
         self._fit_tokens = 0
-        self._seed, self._shard_key, self._num_positions = seed, shard_key, num_positions
+        self._seed, self._shard_key, self._num_positions = seed, shard_key, documents.shape[1]
         self._keep_codes, self._block_codes = keep_codes, block_codes
         self._codes: list[Codes] = []
         self._rows: list[Int64[np.ndarray, " R"]] = []
@@ -62,6 +64,7 @@ class SiteCensus:
         token = (codes.row - first_row).astype(np.int64) * self._num_positions + codes.position
         l0 = np.bincount(token, minlength=counted.size)[counted.reshape(-1)]
         self._l0 += np.bincount(np.minimum(l0, L0_BINS - 1), minlength=L0_BINS)
+        self._documents.see(counted, first_row)
         self._codes.append(codes)
         self._rows.append(first_row + np.flatnonzero(counted.any(axis=1)))
         self._num_buffered += len(codes)
@@ -85,15 +88,24 @@ class SiteCensus:
         columns = fixed.segment_sums(x.T.reshape(-1), np.arange(x.shape[1]) * len(x), fixed.SUM_SCALE)
         self._fit["vector"] = fixed.add(self._fit["vector"], columns)
 
+    @property
+    def document_tokens(self) -> Int64[np.ndarray, " M"]:
+        """Counted tokens of every document so far."""
+        return self._documents.tokens
+
     def finish(self) -> dict[str, np.ndarray]:
         """The arrays of the partial. Call once."""
         self._flush()
         samples = self._samples
-        arrays = self._stats.arrays() | {
-            "l0_histogram": self._l0,
-            "fit_tokens": np.array([self._fit_tokens]),
-            **{f"fit_{name}": limbs for name, limbs in self._fit.items()},
-        }
+        arrays = (
+            self._stats.arrays()
+            | self._documents.finish().arrays()
+            | {
+                "l0_histogram": self._l0,
+                "fit_tokens": np.array([self._fit_tokens]),
+                **{f"fit_{name}": limbs for name, limbs in self._fit.items()},
+            }
+        )
         for name in ("top", "random", "bands"):
             kept = getattr(samples, name)
             shape = (len(samples.octave), -1)
@@ -105,6 +117,7 @@ class SiteCensus:
             starts = np.searchsorted(every.feature, np.arange(len(samples.octave) + 1))
             arrays |= {"codes_start": starts, "codes_row": every.row, "codes_position": every.position}
             arrays["codes_value"] = every.value
+            arrays["document_tokens"] = self.document_tokens
         return arrays
 
     def _flush(self) -> None:
@@ -114,6 +127,7 @@ class SiteCensus:
         rows = np.concatenate(self._rows)
         self._codes, self._rows, self._num_buffered = [], [], 0
         self._stats.add(codes)
+        self._documents.add(codes)
         self._samples.add(codes, seed=self._seed, shard_key=self._shard_key, counted_rows=rows)
         if self._keep_codes:
             self._all.append(codes)

@@ -52,6 +52,31 @@ def segment_sums(values: Float64[np.ndarray, " N"], starts: Int64[np.ndarray, " 
     return np.stack([high_sums >> shift, (rest << _PART_BITS) | low_sums], axis=1)
 
 
+def of(values: Float64[np.ndarray, " N"], scale: int) -> Limbs:
+    """Each nonnegative value as a total of its own, rounded once to 2**-scale; for values below 2**(124 - scale)."""
+    scaled = np.rint(values * 2.0**scale)
+    high = np.floor(scaled * 2.0**-_LOW_BITS)
+    low = scaled - high * 2.0**_LOW_BITS
+    return np.stack([high.astype(np.int64), low.astype(np.int64)], axis=1)
+
+
+def segment_totals(limbs: Int64[np.ndarray, "N 2"], starts: Int64[np.ndarray, " U"]) -> Limbs:
+    """The totals of consecutive runs of fewer than 2**31 totals; exact.
+
+    Args:
+        limbs: the totals.
+        starts: where each run begins; ascending, the first is 0.
+    """
+    if len(starts) == 0:
+        return zeros(0)
+    half = _LOW_BITS // 2
+    mask = (1 << half) - 1
+    low = np.add.reduceat(limbs[:, 1] & mask, starts)
+    middle = np.add.reduceat(limbs[:, 1] >> half, starts) + (low >> half)
+    high = np.add.reduceat(limbs[:, 0], starts) + (middle >> half)
+    return np.stack([high, ((middle & mask) << half) | (low & mask)], axis=1)
+
+
 def add(a: Limbs, b: Limbs) -> Limbs:
     """The totals of both; exact."""
     low = a[:, 1] + b[:, 1]

@@ -3,6 +3,7 @@
 from pipeline.config.analyze import AnalyzeConfig, VerifyConfig
 from pipeline.config.analyzer import FeatureAnalyzerConfig
 from pipeline.config.attribute import AttributeConfig, DirectLogitAttributorConfig
+from pipeline.config.compare import CompareConfig, PromptsConfig, RankBy, SideConfig
 from pipeline.config.discover import DiscoverRequest, DiscoveryConfig, TauConfig
 from pipeline.config.sections import (
     BatchConfig,
@@ -28,6 +29,7 @@ __all__ = [
     "BatchConfig",
     "CatalogConfig",
     "ClusterConfig",
+    "CompareConfig",
     "CorpusConfig",
     "DirectLogitAttributorConfig",
     "DiscoverRequest",
@@ -36,11 +38,14 @@ __all__ = [
     "LogitsConfig",
     "MasksConfig",
     "ModelConfig",
+    "PromptsConfig",
+    "RankBy",
     "RankingConfig",
     "SaeConfig",
     "SamplingConfig",
     "Section",
     "ServeConfig",
+    "SideConfig",
     "StoreConfig",
     "SweepConfig",
     "TauConfig",

@@ -255,7 +255,11 @@ class Catalog:
         return StoredCodes(self._blobs, self.manifest["measure_id"], shards, f"{hook_point}/{sae}")
 
     def statistics(self, hook_point: str, sae: str) -> dict[str, np.ndarray]:
-        """The arrays of one SAE: counts, fixed-point sums, histogram with its edges."""
+        """The arrays of one SAE: counts, fixed-point sums, histogram with its edges.
+
+        Those named `slice_…` say the same of every slice, and sum over its documents; slices lie in the order of
+        their names, on the first axis after features, if there are features.
+        """
         return store.read_tree(self.folder / "statistics.zarr", f"{hook_point}/{sae}")
 
     def logits(self, hook_point: str, sae: str, feature_id: int) -> tables.Table:

@@ -161,6 +161,33 @@ SOURCES = pa.schema(
         pa.field("contribution", pa.float64()),
     ]
 )
+_SIDES = ("a", "b")
+COMPARISON = pa.schema(
+    [
+        *_KEY,
+        pa.field("rank_a", pa.int32()),
+        pa.field("rank_b", pa.int32()),
+        *(pa.field(f"count_{side}", pa.int64()) for side in _SIDES),
+        *(pa.field(f"documents_{side}", pa.int64()) for side in _SIDES),
+        *(
+            pa.field(f"{name}_{side}", pa.float64())
+            for name in ("frequency", "mean", "mean_when_firing")
+            for side in _SIDES
+        ),
+        *(
+            pa.field(f"{name}_{part}", pa.float64())
+            for name in ("frequency", "mean")
+            for part in ("difference", "low", "high", "p", "q")
+        ),
+        *(
+            pa.field(f"{name}{part}", pa.float64())
+            for name in ("log_odds", "effect_size")
+            for part in ("", "_low", "_high")
+        ),
+        pa.field("histogram_distance", pa.float64()),
+        pa.field("histogram_shift", pa.float64()),
+    ]
+)
 Table = pa.Table
 ROWS_PER_GROUP = 4096
 
@@ -174,7 +201,7 @@ _OPTIONS: dict[str, Any] = {
 
 
 def table(schema: pa.Schema, columns: dict[str, Any]) -> pa.Table:
-    """Columns (lists or NumPy arrays) as a table of exactly this schema."""
+    """Columns (lists, NumPy arrays or masked arrays) as a table of exactly this schema."""
     return pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema}, schema=schema)
 
 
@@ -203,6 +230,11 @@ def csv_bytes(data: pa.Table) -> bytes:
     target = io.BytesIO()
     pyarrow.csv.write_csv(data, target)
     return target.getvalue()
+
+
+def masked(values: np.ndarray) -> np.ma.MaskedArray:
+    """A column in which NaN is null."""
+    return np.ma.array(values, mask=np.isnan(values))
 
 
 def to_bytes(data: pa.Table) -> bytes:

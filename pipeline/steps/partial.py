@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
+from pipeline.compute.codes import Codes
+from pipeline.compute.documents import DocumentStats
 from pipeline.compute.samples import Entries, Samples, firing_keys, silent_keys
 from pipeline.compute.stats import FeatureStats
 from pipeline.io.blobs import LocalBlobs
@@ -62,6 +64,25 @@ class PartialRange:
     def stats(self) -> FeatureStats:
         """The statistics of the range."""
         return FeatureStats(**{name: self._of_range(name) for name in FeatureStats.__dataclass_fields__})
+
+    def documents(self) -> DocumentStats:
+        """The sums over documents of the range."""
+        return DocumentStats(**{name: self._of_range(name) for name in DocumentStats.__dataclass_fields__})
+
+    def codes(self) -> Codes:
+        """All codes of the range, features from 0; for partials that keep them."""
+        starts = self._read("codes_start", self._task.start, self._task.stop + 1)
+        first, last = int(starts[0]), int(starts[-1])
+        return Codes(
+            feature=np.repeat(np.arange(self._task.num_features, dtype=np.int32), np.diff(starts)),
+            row=self._read("codes_row", first, last),
+            position=self._read("codes_position", first, last),
+            value=self._read("codes_value", first, last),
+        )
+
+    def document_tokens(self) -> Int64[np.ndarray, " M"]:
+        """Counted tokens of every document of the shard; for partials that keep codes."""
+        return self._read("document_tokens")
 
     def put_samples(self, samples: Samples, ordinal: int, seed: int) -> None:
         """Add the samples of the range to `samples`.
@@ -129,6 +150,12 @@ class PartialRange:
             position=self._read("code_position", low, high),
             value=self._read("code_value", low, high),
         )
+
+
+def sites_of(blobs: LocalBlobs, receipt: Receipt) -> list[str]:
+    """The names of the sites of a partial, in their order."""
+    with Pack(blobs.path(receipt.parts[0].key)) as pack:
+        return list(pack.attributes["sites"])
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from pipeline.steps import layout
 from pipeline.steps.shard import sample_sizes
 from pipeline.types import SiteKey
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the arrays of a partial change."""
 _SAMPLE_BYTES = 22
 """Stored bytes of a kept sample with the codes of its context, measured on the embedded SAEs."""
@@ -82,14 +82,19 @@ def check_claim(blobs: LocalBlobs, name: str, fields: dict[str, Any]) -> None:
     key = layout.identity(name)
     if not blobs.exists(key):
         return
-    there, here = _flat(json.loads(blobs.get(key))), _flat(json.loads(canonical(fields)))
-    differing = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
-    if differing:
-        what = "; ".join(f"{k} was {there.get(k)!r}, now {here.get(k)!r}" for k in differing)
+    found = differences(json.loads(blobs.get(key)), json.loads(canonical(fields)))
+    if found:
+        what = "; ".join(f"{k} was {there!r}, now {here!r}" for k, (there, here) in found.items())
         raise IdentityError(
             f"catalog {name!r} in {blobs.root} was made under other settings: {what}; go back to those, or choose "
             "another catalog.name or store.root"
         )
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ between two identities, by their dotted names; None where a side lacks one."""
+    one, other = _flat(dict(a)), _flat(dict(b))
+    return {k: (one.get(k), other.get(k)) for k in sorted(one.keys() | other.keys()) if one.get(k) != other.get(k)}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -36,6 +36,14 @@ _DIMENSIONS = {
     "histogram_edges": ("edge",),
     "spans_collapsed": ("feature", "group"),
     "l0_histogram": ("codes_of_a_token",),
+    **dict.fromkeys(("slice_documents", "slice_tokens", "slice_tokens_square"), ("slice",)),
+    **dict.fromkeys(("slice_count", "slice_context_count", "slice_maximum"), ("feature", "slice")),
+    **dict.fromkeys(("slice_total", "slice_total_square"), ("feature", "slice", "limb")),
+    "slice_document_count": ("feature", "slice"),
+    "slice_document_count_square": ("feature", "slice"),
+    "slice_document_count_tokens": ("feature", "slice"),
+    "slice_document_total_square": ("feature", "slice", "limb"),
+    "slice_document_total_tokens": ("feature", "slice", "limb"),
 }
 
 
@@ -131,6 +139,7 @@ class Draft:
         groups = {}
         for index, site in enumerate(self._sites):
             arrays = self._joined(index, lambda result: result.arrays)
+            arrays |= _slice_books(str(site.hook_point), receipts)
             arrays["histogram_edges"] = stats.bin_edges()
             arrays["l0_histogram"] = merged_fit(self._blobs, index, receipts)[0]
             groups[f"{site.hook_point}/{site.sae}"] = arrays
@@ -193,6 +202,16 @@ def facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The facts that a manifest was published with: without its number, its files and what is volatile."""
     others = ("catalog", "snapshot", "digest", "files", "made_at", "config", "numerics", "seconds")
     return {name: value for name, value in manifest.items() if name not in others}
+
+
+def _slice_books(point: str, receipts: Sequence[Receipt]) -> dict[str, np.ndarray]:
+    """Documents, counted tokens, and the sum over documents of their squares, of every slice in the order of names."""
+    names = sorted({receipt.shard.slice for receipt in receipts})
+    books = np.zeros((3, len(names)), np.int64)
+    for receipt in receipts:
+        clusters, tokens = receipt.documents[point], receipt.tokens[point]
+        books[:, names.index(receipt.shard.slice)] += clusters["counted"], tokens["counted"], clusters["tokens_square"]
+    return {f"slice_{name}": row for name, row in zip(("documents", "tokens", "tokens_square"), books, strict=True)}
 
 
 def snapshots(blobs: LocalBlobs, name: str) -> list[int]:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from pipeline.compute import stats as statistics
+from pipeline.compute.documents import DocumentStats
 from pipeline.compute.labels import Tally
 from pipeline.compute.samples import Entries, Kept, Samples, exponent_of, joined
 from pipeline.compute.stats import FeatureStats
@@ -94,14 +95,16 @@ class Reducer:
         point = str(site.hook_point)
         receipts = self._settings.receipts
         by_slice: dict[str, FeatureStats] = {}
+        documents: dict[str, DocumentStats] = {}
         counted: dict[str, int] = {}
         samples = Samples.zero(task.num_features, sample_sizes(self._settings.sampling))
         for ordinal, receipt in enumerate(receipts):
             with opened(self._blobs, receipt, task) as partial:
-                part = partial.stats()
+                part, clusters = partial.stats(), partial.documents()
                 partial.put_samples(samples, ordinal, self._settings.sampling.seed)
             name = receipt.shard.slice
             by_slice[name] = by_slice[name].merge(part) if name in by_slice else part
+            documents[name] = documents[name].merge(clusters) if name in documents else clusters
             counted[name] = counted.get(name, 0) + receipt.tokens[point]["counted"]
         whole = FeatureStats.zero(task.num_features)
         for name in sorted(by_slice):
@@ -109,13 +112,14 @@ class Reducer:
         num_tokens = sum(counted.values())
         num_contexts = sum(receipt.contexts[point] for receipt in receipts)
         self._check(task, whole, samples, num_tokens)
+        self._check_documents(task, by_slice, documents)
         spans, collapsed, words = self._spans(task, site, samples)
         return RangeResult(
             task=task,
             features=_feature_columns(whole, num_tokens, num_contexts),
             slices=_slice_rows(site, task.start, by_slice, counted),
             spans=spans,
-            arrays=whole.arrays() | {"spans_collapsed": collapsed},
+            arrays=whole.arrays() | _slice_arrays(by_slice, documents) | {"spans_collapsed": collapsed},
             words=words,
         )
 
@@ -127,6 +131,16 @@ class Reducer:
         except ValueError as error:
             site = self._settings.sites[task.site]
             raise CorruptError(f"{error} (features from {task.start} of {site})") from error
+
+    def _check_documents(
+        self, task: RangeTask, by_slice: Mapping[str, FeatureStats], documents: Mapping[str, DocumentStats]
+    ) -> None:
+        for name, stats in by_slice.items():
+            try:
+                documents[name].check_books(stats.count)
+            except ValueError as error:
+                site = self._settings.sites[task.site]
+                raise CorruptError(f"{error} (features from {task.start} of {site}, slice {name})") from error
 
     def _spans(self, task: RangeTask, site: SiteKey, samples: Samples) -> tuple[bytes, Int64[np.ndarray, "F G"], Tally]:
         """Span rows of the range, how many near duplicates each group of each feature lost, and words of the rest."""
@@ -264,6 +278,15 @@ def _feature_columns(whole: FeatureStats, num_tokens: int, num_contexts: int) ->
         "dead": whole.count == 0,
     }
     return columns | {name: statistics.quantile(whole, q) for name, q in QUANTILES}
+
+
+def _slice_arrays(
+    by_slice: Mapping[str, FeatureStats], documents: Mapping[str, DocumentStats]
+) -> dict[str, np.ndarray]:
+    """What is exact of every slice, slices in the order of their names on the second axis; no histograms."""
+    parts = [by_slice[name].arrays() | documents[name].arrays() for name in sorted(by_slice)]
+    names = [name for name in parts[0] if name != "histogram"]
+    return {f"slice_{name}": np.stack([part[name] for part in parts], axis=1) for name in names}
 
 
 def _slice_rows(site: SiteKey, start: int, by_slice: Mapping[str, FeatureStats], counted: Mapping[str, int]) -> bytes:

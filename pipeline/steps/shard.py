@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Int, Int8, Int32
 from torch import Tensor
 
 from pipeline.compute import masks
 from pipeline.compute.census import FIT_EVERY, SiteCensus
 from pipeline.compute.codes import Codes
+from pipeline.compute.documents import document_grid
 from pipeline.compute.samples import SampleSizes
 from pipeline.config import AnalyzeConfig, SamplingConfig
 from pipeline.errors import ConfigError, ShardError
@@ -65,6 +66,32 @@ class Batch:
     input_ids: Int[np.ndarray, "B T"]
     num_tokens: Int[np.ndarray, " B"]
     """Real tokens of each context; 0 for rows that only fill the batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Books:
+    """What a receipt says by hook point."""
+
+    tokens: dict[str, dict[str, int]]
+    contexts: dict[str, int]
+    documents: dict[str, dict[str, int]]
+
+
+def read_documents(
+    blobs: LocalBlobs, preparation_id: str, shard: ShardRecord, num_positions: int
+) -> Int32[np.ndarray, "R T"]:
+    """The document of every token of a shard, as `document_grid` numbers them."""
+    path = blobs.path(layout.shard(preparation_id, shard.shard_id))
+    runs = tables.read(path, ["document_id", "document_start"])
+    first_run, document_id = tables.ragged(runs, "document_id")
+    _, run_start = tables.ragged(runs, "document_start")
+    return document_grid(
+        np.repeat(np.arange(shard.num_contexts), np.diff(first_run)),
+        run_start.astype(np.int64),
+        np.concatenate([[True], document_id[1:] != document_id[:-1]]),
+        num_rows=shard.num_contexts,
+        num_positions=num_positions,
+    )
 
 
 class Analyzer:
@@ -142,7 +169,7 @@ class Analyzer:
             ShardError: if it would fail again the same way.
         """
         began = time.monotonic()
-        body, tokens, contexts = self._packed(shard)
+        body, books = self._packed(shard)
         sha256 = hashlib.sha256(body).hexdigest()
         part = Part(key=layout.partial(self._measure_id, sha256), sha256=sha256, num_bytes=len(body))
         self._blobs.put(part.key, body)
@@ -152,8 +179,9 @@ class Analyzer:
             shard=shard,
             measure_id=self._measure_id,
             parts=(part,),
-            tokens=tokens,
-            contexts=contexts,
+            tokens=books.tokens,
+            contexts=books.contexts,
+            documents=books.documents,
             ran=ran,
         )
         self._blobs.put(layout.receipt(self._measure_id, shard.shard_id), receipt.to_bytes())
@@ -163,16 +191,15 @@ class Analyzer:
         """sha256 of the partial that this shard gives; nothing is written."""
         return hashlib.sha256(self._packed(shard)[0]).hexdigest()
 
-    def _packed(self, shard: ShardRecord) -> tuple[bytes, dict[str, dict[str, int]], dict[str, int]]:
-        arrays, tokens, contexts = self._measure(shard)
+    def _packed(self, shard: ShardRecord) -> tuple[bytes, _Books]:
+        arrays, books = self._measure(shard)
         attributes = {"shard_id": shard.shard_id, "measure_id": self._measure_id, "sites": [str(k) for k in self.saes]}
-        return store.pack(arrays, attributes), tokens, contexts
+        return store.pack(arrays, attributes), books
 
-    def _measure(
-        self, shard: ShardRecord
-    ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, int]], dict[str, int]]:
-        """The arrays of a shard's partial by site, and by hook point its token books and counted contexts."""
+    def _measure(self, shard: ShardRecord) -> tuple[dict[str, dict[str, np.ndarray]], _Books]:
+        """The arrays of a shard's partial by site, and its books."""
         config = self._config
+        document = read_documents(self._blobs, self._preparation_id, shard, config.corpus.context_length)
         censuses = {
             key: SiteCensus(
                 sae.num_features,
@@ -180,7 +207,7 @@ class Analyzer:
                 sample_sizes(config.sampling),
                 seed=config.sampling.seed,
                 shard_key=shard_key(shard.shard_id),
-                num_positions=config.corpus.context_length,
+                documents=document,
                 keep_codes=config.codes == "keep",
             )
             for key, sae in self.saes.items()
@@ -201,8 +228,15 @@ class Analyzer:
                     self._add_fit(key, census, x, codes, counted, batch.first_row)
                 census.add(codes, counted, batch.first_row)
         arrays = {site_group(i): census.finish() for i, census in enumerate(censuses.values())}
-        by_name = {str(point): dict(books) for point, books in tokens.items()}
-        return arrays, by_name, {str(point): contexts[point] for point in self.points}
+        num_tokens = {key.hook_point: census.document_tokens for key, census in censuses.items()}
+        return arrays, _Books(
+            tokens={str(point): dict(books) for point, books in tokens.items()},
+            contexts={str(point): contexts[point] for point in self.points},
+            documents={
+                str(point): {"counted": int((each > 0).sum()), "tokens_square": int((each**2).sum())}
+                for point, each in num_tokens.items()
+            },
+        )
 
     def _add_fit(
         self,

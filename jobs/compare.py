@@ -1,0 +1,106 @@
+"""`python -m jobs.compare`: which features tell two slices, two catalogs, two models or two sets of prompts apart."""
+
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from jobs import _main
+from jobs._show import console, highlighted
+from pipeline.config import CompareConfig
+from pipeline.flows.compare import Comparison, compare
+from pipeline.flows.sides import Side
+from pipeline.steps.contrast import Columns, test_behind
+from pipeline.types import SiteKey
+
+_SPAN_WIDTH = 34
+
+
+def job(config: CompareConfig) -> int:
+    """Run the flow and show what came out."""
+    comparison = compare(config)
+    screen = console()
+    for site in sorted(comparison.sites, key=lambda site: (site.hook_point, site.sae)):
+        for side in ("a", "b"):
+            screen.print(best_table(comparison, config, site, side))
+    screen.print(_summary(comparison, config), markup=False, highlight=False, soft_wrap=True)
+    return _main.DONE
+
+
+def best_table(comparison: Comparison, config: CompareConfig, site: SiteKey, side: str) -> Table:
+    """The best ranked features of one direction with their strongest span on that side."""
+    columns, labels = comparison.sites[site], comparison.labels
+    here, there = labels if side == "a" else labels[::-1]
+    effect = config.rank_by.replace("_", " ")
+    table = Table(title=f"{site.hook_point}  {site.sae}  more in {here} than in {there}", title_justify="left")
+    for name, width in (("rank", 4), ("feature", 7), (effect, 18), *((f"in {label}", 7) for label in labels), ("q", 5)):
+        table.add_column(name, justify="right", no_wrap=True, min_width=max(len(name), width))
+    table.add_column(f"strongest span in {here}", no_wrap=True)
+    for feature in comparison.summary["sites"][str(site)][f"best_{side}"]:
+        table.add_row(
+            f"{columns[f'rank_{side}'][feature]:.0f}",
+            str(feature),
+            _effect(columns, config.rank_by, feature, 1 if side == "a" else -1),
+            *(f"{100 * columns[f'frequency_{name}'][feature]:.3g}%" for name in "ab"),
+            f"{columns[f'{test_behind(config.rank_by)}_q'][feature]:.0e}",
+            _strongest(comparison.a if side == "a" else comparison.b, site, feature),
+        )
+    return table
+
+
+def _effect(columns: Columns, by: str, feature: int, sign: int) -> str:
+    """How much more there is in the table's direction, with its interval."""
+    estimate = columns[by if by in columns else f"{by}_difference"][feature]
+    ends = sorted(sign * columns[f"{by}_{end}"][feature] for end in ("low", "high"))
+    return f"{sign * estimate:.3g} [{ends[0]:.3g}, {ends[1]:.3g}]".replace("inf", "∞")
+
+
+def _strongest(side: Side, site: SiteKey, feature: int) -> Text:
+    spans = side.catalog.spans(str(site.hook_point), site.sae, feature).to_pylist()
+    mine = [span for span in spans if span["slice"] in side.slices and span["value"] > 0]
+    return highlighted(max(mine, key=lambda span: span["value"]), _SPAN_WIDTH) if mine else Text("(no span was kept)")
+
+
+def _summary(comparison: Comparison, config: CompareConfig) -> str:
+    summary, labels = comparison.summary, comparison.labels
+    lines = [f"compared  {comparison.folder}"]
+    for side, label in zip("ab", labels, strict=True):
+        about = summary[side]
+        lines.append(f"{side}         {label}, catalog {about['catalog']} {about['snapshot']:06d}")
+        for point, documents in about["documents"].items():
+            even, tokens = about["documents_of_one_size"][point], about["tokens_counted"][point]
+            lines.append(
+                f"          {tokens:,} tokens counted at {point}, in {documents:,} documents that weigh as {even:.0f} "
+                "of one size"
+            )
+    for site, verdict in summary["sites"].items():
+        of, left = verdict[test_behind(config.rank_by)], verdict["not_tested"]
+        lines.append(
+            f"found     {site}: more in {labels[0]} {of['more_in_a']:,}, more in {labels[1]} {of['more_in_b']:,} of "
+            f"{verdict['tested']:,} features tested, at a false discovery rate of {config.false_discovery_rate:g} "
+            f"(not tested: {left['silent']} silent, {left['few_documents']} in too few documents)"
+        )
+    lines += [f"left out  {site}: only one side has it" for site in summary["sites_left_out"]]
+    return "\n".join([*lines, *_drift(summary)])
+
+
+def _drift(summary: dict[str, Any]) -> list[str]:
+    if summary["drift"] is None:
+        return []
+    unpaired = "are those of unpaired sides, wider than need be; codes=keep in both catalogs would pair documents"
+    lines = [f"intervals {'are paired by document' if summary['paired'] else unpaired}"]
+    for site, report in summary["drift"].items():
+        fvu, l0 = report["fraction_of_variance_unexplained"], report["codes_a_token"]
+        known = None not in fvu.values()
+        fit = f"fraction of variance unexplained {fvu['a']:.3f} -> {fvu['b']:.3f}, " if known else ""
+        lines.append(f"fit       {site}: {fit}codes a token {l0['a']:.1f} -> {l0['b']:.1f}")
+        for name, ranking in report["rankings"].items():
+            overlap = ", ".join(f"@{n} {share:.0%}" for n, share in ranking["overlap"].items())
+            lines.append(
+                f"ranking   {site}: by {name}: rank correlation {ranking['rank_correlation']:.3f}, overlap {overlap}"
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    _main.main("compare", CompareConfig, job)

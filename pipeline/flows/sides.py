@@ -1,0 +1,171 @@
+"""The two sides of a comparison: some slices of a catalog each, their sums, and whether they can be compared."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float64
+
+from pipeline.compute import fixed
+from pipeline.compute.tests_of_difference import Sums, Tokens
+from pipeline.config import SideConfig
+from pipeline.errors import ConfigError, IdentityError
+from pipeline.flows.catalog import Catalog
+from pipeline.io.blobs import LocalBlobs
+from pipeline.steps import plan
+from pipeline.steps.contrast import SiteSums
+from pipeline.steps.pairs import Measured
+from pipeline.types import HookPoint, SiteKey
+
+Kind = Literal["slices", "corpora", "drift"]
+_INDIFFERENT = ("measure.sampling.", "measure.batch_contexts", "measure.codes", "measure.numerics.",
+                "preparation.shard_tokens")  # fmt: skip
+"""Fields that change samples, last bits or where documents are cut, and no expectation."""
+_OF_THE_MODEL = ("measure.model.digest", "measure.model.dtype", "measure.model.family")
+_SAES = "measure.saes."
+
+
+class Side:
+    """Some slices of a catalog."""
+
+    def __init__(self, config: SideConfig):
+        """Open the catalog.
+
+        Raises:
+            ConfigError: if it, or a slice, is not there.
+            IdentityError: if it was made before partials kept sums over documents.
+        """
+        self.catalog = Catalog(config.root, config.name, config.snapshot)
+        self.name = config.name
+        self._all = sorted(self.catalog.manifest["coverage"]["slices"])
+        if missing := sorted(set(config.slices) - set(self._all)):
+            raise ConfigError(
+                f"catalog {config.name!r} has no slice {', '.join(map(repr, missing))}; it has {', '.join(self._all)}"
+            )
+        self.slices = sorted(set(config.slices or self._all))
+        self.identity: dict[str, Any] = self.catalog.manifest["identity"]
+        made = self.identity["measure"]["format"]
+        if made != plan.FORMAT:
+            raise IdentityError(
+                f"catalog {config.name!r} was made from partials of format {made}, expected {plan.FORMAT}, which keeps "
+                "sums over documents; run jobs.analyze again under another catalog.name"
+            )
+        self.measured = Measured(blobs=LocalBlobs(config.root), measure_id=self.catalog.manifest["measure_id"])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of its catalog."""
+        return self.slices == self._all
+
+    @property
+    def saes(self) -> dict[str, str]:
+        """Digests of the SAEs by site."""
+        return dict(self.identity["measure"]["saes"])
+
+    @property
+    def shard_ids(self) -> list[str]:
+        """Its shards, sorted."""
+        return sorted(s["shard_id"] for s in self.catalog.manifest["shards"] if s["slice"] in self.slices)
+
+    def sums(self, site: SiteKey) -> SiteSums:
+        """Sums over its documents, all features of one SAE.
+
+        Raises:
+            ConfigError: if no token of it counts.
+        """
+        arrays = self.catalog.statistics(str(site.hook_point), site.sae)
+        chosen = [self._all.index(name) for name in self.slices]
+
+        def total(name: str) -> np.ndarray:
+            return np.asarray(arrays[f"slice_{name}"][..., chosen].sum(axis=-1))
+
+        def read_out(name: str, scale: int) -> np.ndarray:
+            parts: Iterable[np.ndarray] = (arrays[f"slice_{name}"][:, i] for i in chosen)
+            return fixed.to_float(reduce(fixed.add, parts), scale)
+
+        tokens = Tokens(
+            documents=int(total("documents")), tokens=int(total("tokens")), square=float(total("tokens_square"))
+        )
+        if not tokens.tokens:
+            raise ConfigError(f"{', '.join(self.slices)} of catalog {self.name!r} has no counted token at {site}")
+        count, documents = total("count").astype(np.float64), total("document_count")
+        return SiteSums(
+            counts=Sums(
+                of=tokens,
+                firing_documents=documents,
+                value=count,
+                square=total("document_count_square").astype(np.float64),
+                with_tokens=total("document_count_tokens").astype(np.float64),
+                token_square=count,
+            ),
+            codes=Sums(
+                of=tokens,
+                firing_documents=documents,
+                value=read_out("total", fixed.SUM_SCALE),
+                square=read_out("document_total_square", fixed.SQUARE_SCALE),
+                with_tokens=read_out("document_total_tokens", fixed.SUM_SCALE),
+                token_square=read_out("total_square", fixed.SQUARE_SCALE),
+            ),
+            histogram=arrays["histogram"] if self.is_whole else None,
+        )
+
+    def scores(self, site: SiteKey) -> Float64[np.ndarray, " F"]:
+        """The catalog's score of every feature of one SAE."""
+        rows = self.catalog.best(1 << 31, str(site.hook_point), site.sae).sort_by("feature_id")
+        return np.asarray(rows["score"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relation:
+    """What two comparable sides have to do with each other."""
+
+    kind: Kind
+    """slices: of one catalog; corpora: other text under the same model; drift: the same text under other models."""
+    sites: tuple[SiteKey, ...]
+    """SAEs that both have."""
+    left_out: tuple[str, ...]
+    """Sites that only one has."""
+    indifferent: dict[str, tuple[Any, Any]]
+    """Fields that differ and do not matter, with their values."""
+
+
+def relate(a: Side, b: Side) -> Relation:
+    """Prove that a difference between two sides would mean something.
+
+    Raises:
+        ConfigError: if they share text, or no SAE.
+        IdentityError: if they differ in a field that decides numbers, naming every such field.
+    """
+    found = plan.differences(a.identity, b.identity)
+    common = sorted(a.saes.keys() & b.saes.keys())
+    left_out = sorted(a.saes.keys() ^ b.saes.keys())
+    of_the_model = [field for field in found if field in _OF_THE_MODEL]
+    indifferent = {field: values for field, values in found.items() if field.startswith(_INDIFFERENT)}
+    known = {*of_the_model, *indifferent, *(_SAES + site for site in left_out)}
+    if wrong := {field: values for field, values in found.items() if field not in known}:
+        what = "; ".join(f"{field} is {one!r} in a and {other!r} in b" for field, (one, other) in wrong.items())
+        raise IdentityError(f"a and b cannot be compared: {what}; make both under the same settings")
+    if not common:
+        raise ConfigError(f"a and b have no SAE in common: a has {', '.join(a.saes)}; b has {', '.join(b.saes)}")
+    shared, num_a, num_b = len({*a.shard_ids} & {*b.shard_ids}), len(a.shard_ids), len(b.shard_ids)
+    if of_the_model and not shared == num_a == num_b:
+        raise IdentityError(
+            f"the models of a and b differ ({', '.join(of_the_model)}) and so does their text ({num_a} and {num_b} "
+            f"shards, {shared} in common): what is one model's doing could not be told; choose the same slices, made "
+            "from the same sources with the same corpus.shard_tokens"
+        )
+    if not of_the_model and shared:
+        raise ConfigError(
+            f"a and b are the same model on the same text: {shared} of {num_a} and {num_b} shards are in both; choose "
+            f"other slices, as a.slices=[…] b.slices=[…] (a has {', '.join(a.slices)}; b has {', '.join(b.slices)})"
+        )
+    kind: Kind = "slices" if a.catalog.digest == b.catalog.digest else "corpora"
+    points = (name.split("/", 1) for name in common)
+    return Relation(
+        kind="drift" if of_the_model else kind,
+        sites=tuple(SiteKey(HookPoint.parse(point), sae) for point, sae in points),
+        left_out=tuple(left_out),
+        indifferent=indifferent,
+    )
