@@ -25,6 +25,10 @@ class DeadlineError(CensusError):
     """The time allowed for an answer is over."""
 
 
+class ArgumentError(UserError, ValueError):
+    """An argument of the Python API cannot be used; also a ValueError, which is what notebooks expect."""
+
+
 class SourceError(UserError):
     """A corpus source cannot be read as what it claims to be."""
 

@@ -78,6 +78,7 @@ LAYOUTS = {
     "gpt2": Layout({"n_inner": 24}, final_norm="ln_f", to_out="attn.c_proj", mlp_norm="ln_2", down="c_proj"),
     "gpt_neox": NEOX,
     "gpt_neox sequential": NEOX._replace(config={"use_parallel_residual": False}, parallel=False),
+    "nanochat": Layout(GROUPED, down="fc2"),
     "phi": Layout(
         {},
         final_norm="final_layernorm",

@@ -45,11 +45,13 @@ class TopK:
 
 @dataclass(frozen=True, slots=True)
 class Gated:
-    """z = 1[v W_enc + b_gate > 0] max(v W_enc exp(r_mag) + b_mag, 0), with v the shifted input (b_enc is 0)."""
+    """z = 1[v W_gate + b_gate > 0] max(v W_enc exp(r_mag) + b_mag, 0), with v the shifted input (b_enc is 0)."""
 
     b_gate: Float[Tensor, " F"]
     b_mag: Float[Tensor, " F"]
     r_mag: Float[Tensor, " F"]
+    w_gate: Float[Tensor, "D F"] | None = None
+    """None: W_enc, as in the published form."""
 
 
 Gate = Relu | JumpRelu | TopK | Gated
@@ -85,7 +87,8 @@ class SparseAutoencoder:
         if isinstance(gate, JumpRelu):
             gate = JumpRelu(gate.threshold.to(device))
         elif isinstance(gate, Gated):
-            gate = Gated(gate.b_gate.to(device), gate.b_mag.to(device), gate.r_mag.to(device))
+            w_gate = None if gate.w_gate is None else gate.w_gate.to(device)
+            gate = Gated(gate.b_gate.to(device), gate.b_mag.to(device), gate.r_mag.to(device), w_gate)
         return replace(
             self,
             w_enc=self.w_enc.to(device),
@@ -134,6 +137,24 @@ class SparseAutoencoder:
         )
         return self._undo(y + self.b_dec, x.flatten(0, 1).float()).view(x.shape)
 
+    def codes_of(self, x: Float[Tensor, "N D"], features: Int64[Tensor, " f"]) -> Float[Tensor, "N f"]:
+        """The codes of some features as columns, float32, 0 where silent; gradients flow through them.
+
+        Only these features are computed where the gate judges each by itself; a top-k gate needs all.
+
+        Args:
+            x: activations of any float dtype.
+            features: distinct, in [0, F).
+        """
+        step = TILE_TOKENS.get(x.device.type, TILE_TOKENS["cpu"])
+        return torch.cat([self._columns(x[start : start + step], features) for start in range(0, len(x), step)])
+
+    def decode_change(
+        self, change: Float[Tensor, "N f"], features: Int64[Tensor, " f"], x: Float[Tensor, "N D"]
+    ) -> Float[Tensor, "N D"]:
+        """What adding `change` to the codes of `features` adds to the reconstruction of `x`, float32."""
+        return (change @ self.w_dec[features]) * self._output_scale(x.float())
+
     def decoder_norms(self) -> Float[Tensor, " F"]:
         """Length of every feature's decoder row."""
         return _lengths(self.w_dec)
@@ -156,9 +177,7 @@ class SparseAutoencoder:
     def _encode_tile(
         self, x: Float[Tensor, "N D"], signed: bool
     ) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " M"], Float[Tensor, " M"]]:
-        u = self._transformed(x.float())
-        if self.pre_bias is not None:
-            u = u - self.pre_bias
+        u = self._shifted(x)
         step = TILE_FEATURES.get(x.device.type, TILE_FEATURES["cpu"])
         tiles = []
         for start in range(0, self.num_features, step):
@@ -168,7 +187,7 @@ class SparseAutoencoder:
                 value, index = largest(pre, self.gate.k)
                 tiles.append((value, index + start))
             else:
-                z = self._elementwise(pre, part)
+                z = self._elementwise(pre, u, part)
                 token, feature = (z > 0).nonzero(as_tuple=True)
                 tiles.append((z[token, feature], torch.stack([token, feature + start])))
         if not isinstance(self.gate, TopK):
@@ -184,15 +203,35 @@ class SparseAutoencoder:
         keep = values != 0 if signed and self.gate.postact == "identity" else values > 0
         return token[keep], features[keep], values[keep]
 
-    def _elementwise(self, pre: Float[Tensor, "N f"], part: slice) -> Float[Tensor, "N f"]:
+    def _columns(self, x: Float[Tensor, "N D"], features: Int64[Tensor, " f"]) -> Float[Tensor, "N f"]:
+        if not isinstance(self.gate, TopK):
+            u = self._shifted(x)
+            pre = torch.addmm(self.b_enc[features], u, self.w_enc[:, features])
+            return self._elementwise(pre, u, features).relu()
+        token, feature, value = self._encode_tile(x, signed=False)
+        column = torch.full((self.num_features,), -1, device=x.device)
+        column[features] = torch.arange(len(features), device=x.device)
+        column = column[feature]
+        wanted = column >= 0
+        silent = torch.zeros(len(x), len(features), device=x.device)
+        return silent.index_put((token[wanted], column[wanted]), value[wanted])
+
+    def _elementwise(
+        self, pre: Float[Tensor, "N f"], u: Float[Tensor, "N D"], part: slice | Int64[Tensor, " f"]
+    ) -> Float[Tensor, "N f"]:
         match self.gate:
             case JumpRelu(threshold):
                 return torch.where(pre > threshold[part], pre, 0)
-            case Gated(b_gate, b_mag, r_mag):
+            case Gated(b_gate, b_mag, r_mag, w_gate):
                 magnitude = torch.addcmul(b_mag[part], pre, r_mag[part].exp())
-                return torch.where(pre + b_gate[part] > 0, magnitude, 0)
+                judged = pre if w_gate is None else u @ w_gate[:, part]
+                return torch.where(judged + b_gate[part] > 0, magnitude, 0)
             case _:
                 return pre
+
+    def _shifted(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        u = self._transformed(x.float())
+        return u if self.pre_bias is None else u - self.pre_bias
 
     def _transformed(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         match self.transform:
@@ -204,12 +243,19 @@ class SparseAutoencoder:
         return x
 
     def _undo(self, y: Float[Tensor, "N D"], x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        y = y * self._output_scale(x)
+        return y + x.mean(dim=1, keepdim=True) if self.transform == "layer_norm" else y
+
+    def _output_scale(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N 1"]:
+        """The factor by which undoing the transform stretches each token."""
         match self.transform:
             case "constant_norm_rescale":
-                y = y * (_lengths(x)[:, None] / x.shape[1] ** 0.5)
+                scale: Tensor = _lengths(x)[:, None] / x.shape[1] ** 0.5
             case "layer_norm":
-                y = y * x.std(dim=1, keepdim=True) + x.mean(dim=1, keepdim=True)
-        return y
+                scale = x.std(dim=1, keepdim=True)
+            case _:
+                scale = torch.ones_like(x[:, :1])
+        return scale
 
 
 def _lengths(rows: Float[Tensor, "N M"]) -> Float[Tensor, " N"]:

@@ -1,5 +1,6 @@
 """The whole config of every job as frozen values; the same models validate commands, YAML and HTTP bodies."""
 
+from pipeline.config.ablate import AblateConfig, FeatureRef
 from pipeline.config.analyze import AnalyzeConfig, VerifyConfig
 from pipeline.config.analyzer import FeatureAnalyzerConfig
 from pipeline.config.attribute import AttributeConfig, DirectLogitAttributorConfig
@@ -20,10 +21,12 @@ from pipeline.config.sections import (
     StoreConfig,
 )
 from pipeline.config.serve import ServeConfig
+from pipeline.config.steer import EditConfig, GenerateConfig, SteerConfig
 from pipeline.config.sweep import SweepConfig
 from pipeline.config.trace import TraceConfig
 
 __all__ = [
+    "AblateConfig",
     "AnalyzeConfig",
     "AttributeConfig",
     "BatchConfig",
@@ -34,7 +37,10 @@ __all__ = [
     "DirectLogitAttributorConfig",
     "DiscoverRequest",
     "DiscoveryConfig",
+    "EditConfig",
     "FeatureAnalyzerConfig",
+    "FeatureRef",
+    "GenerateConfig",
     "LogitsConfig",
     "MasksConfig",
     "ModelConfig",
@@ -46,6 +52,7 @@ __all__ = [
     "Section",
     "ServeConfig",
     "SideConfig",
+    "SteerConfig",
     "StoreConfig",
     "SweepConfig",
     "TauConfig",

@@ -64,7 +64,9 @@ FAMILIES: dict[str, dict[Stream, Tap]] = {
     "gpt2": _taps("attn", "c_proj", "mlp", "c_proj", Tap("ln_2", "in")),
     "gpt_neox": _NEOX,
     "phi": _taps("self_attn", "dense", "mlp", "fc2", None),
+    "nanochat": _taps("self_attn", "o_proj", "mlp", "fc2", Tap("post_attention_layernorm", "in")),
 }
+_NANOCHAT_GPT = _taps("attn", "c_proj", "mlp", "c_proj", None)  # its norms are functions: no module reads resid_mid
 
 
 def taps_of(model_type: str, *, parallel_residual: bool = True) -> dict[Stream, Tap]:
@@ -85,6 +87,27 @@ def taps_of(model_type: str, *, parallel_residual: bool = True) -> dict[Stream, 
     if model_type == "gpt_neox" and not parallel_residual:
         taps = taps | {"resid_mid": Tap("post_attention_layernorm", "in")}
     return taps
+
+
+def streams_of(config: Any) -> dict[Stream, Tap]:
+    """The streams of a model by its transformers text config; errors as in `taps_of`."""
+    return taps_of(config.model_type, parallel_residual=getattr(config, "use_parallel_residual", True))
+
+
+def layout_of(model: nn.Module) -> tuple[nn.ModuleList, dict[Stream, Tap]]:
+    """The decoder blocks and the streams of a loaded model: one of transformers, or nanochat's own GPT.
+
+    Raises:
+        ConfigError: if it is neither, or its family is not supported.
+    """
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        text, base = config.get_text_config(), getattr(model, "base_model", model)
+        return find_blocks(base, text.num_hidden_layers), streams_of(text)
+    blocks = getattr(getattr(model, "transformer", None), "h", None)
+    if isinstance(blocks, nn.ModuleList):
+        return blocks, _NANOCHAT_GPT
+    raise ConfigError(f"{type(model).__name__} is not supported; expected a decoder of transformers, or nanochat's GPT")
 
 
 def find_blocks(model: nn.Module, num_layers: int) -> nn.ModuleList:

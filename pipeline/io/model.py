@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from logging import ERROR, getLogger
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.io import embedded
-from pipeline.io.hooks import Captures, Tap, find_blocks, taps_of
+from pipeline.io.hooks import Captures, Tap, layout_of, streams_of
 from pipeline.types import HookPoint, Stream
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
@@ -241,12 +240,8 @@ def model_facts(model_id: str, revision: str | None = None, *, trust_remote_code
         num_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
         max_positions=int(getattr(config, "max_position_embeddings", 0) or 0),
-        taps=_taps(config),
+        taps=streams_of(config),
     )
-
-
-def _taps(config: Any) -> dict[Stream, Tap]:
-    return taps_of(config.model_type, parallel_residual=getattr(config, "use_parallel_residual", True))
 
 
 class LanguageModel:
@@ -271,9 +266,7 @@ class LanguageModel:
         except Exception as error:
             raise CheckpointError(f"no model could be loaded from {model_id}: {_first_line(error)}") from error
         self.inner.eval().requires_grad_(False).to(device)
-        config = self.inner.config.get_text_config()
-        self._taps = _taps(config)
-        self._blocks = find_blocks(self.inner.base_model, config.num_hidden_layers)
+        self._blocks, self._taps = layout_of(self.inner)
         self.device = device
         self._origin = (model_id, revision, trust_remote_code)
 

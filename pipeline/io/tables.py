@@ -188,6 +188,28 @@ COMPARISON = pa.schema(
         pa.field("histogram_shift", pa.float64()),
     ]
 )
+ABLATIONS = pa.schema(
+    [
+        *_KEY,
+        pa.field("group", pa.string()),
+        pa.field("spans", pa.int32()),
+        pa.field("code", pa.float64()),
+        pa.field("code_deviation", pa.float64()),
+        *(
+            pa.field(f"{which}{what}_change{end}", pa.float64())
+            for what in ("loss", "logit")
+            for which in ("", "control_", "excess_")
+            for end in ("", "_low", "_high")
+        ),
+        pa.field("loss_spans", pa.int32()),
+        pa.field("logit_spans", pa.int32()),
+        pa.field("confidence", pa.float64()),
+        pa.field("top_tokens", pa.string()),
+        pa.field("token_ids", pa.list_(pa.int32())),
+        pa.field("tokens", pa.list_(pa.string())),
+        pa.field("catalog_digest", pa.string()),
+    ]
+)
 Table = pa.Table
 ROWS_PER_GROUP = 4096
 

@@ -66,6 +66,11 @@ def snapshot(name: str, number: int, file: str) -> str:
     return f"{catalog(name)}/{number:06d}/{file}"
 
 
+def ablation(name: str, number: int, digest: str) -> str:
+    """Causal evidence about features of a snapshot."""
+    return f"{catalog(name)}/ablations/{number:06d}-{digest}.parquet"
+
+
 def latest(name: str) -> str:
     """A hint at the newest snapshot; the numbered manifests are the truth."""
     return f"{catalog(name)}/latest.json"

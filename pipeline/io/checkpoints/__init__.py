@@ -29,6 +29,7 @@ from pipeline.io.checkpoints import (
     gemma_scope_2,
     llama_scope,
     llamascopium,
+    nanochat,
     neel,
     qwen_scope,
     sae_lens,
@@ -47,6 +48,7 @@ FORMATS: dict[str, ModuleType] = {
     "llamascopium": llamascopium,
     "qwen_scope": qwen_scope,
     "neel": neel,
+    "nanochat": nanochat,
 }
 _MAX_LAYERS = 256
 
@@ -212,14 +214,20 @@ def _weights(place: _Place, reader: ModuleType, chosen: HookPoint | None) -> Pat
 
 def _digest(folder: Path, reader: ModuleType, weights: Path, sae: SparseAutoencoder) -> str:
     digest = hashlib.sha256()
-    for name in reader.FILES:
-        file = weights if name in reader.WEIGHTS else folder / name
+    for file in _files(folder, reader, weights):
         if file.is_file():
             with file.open("rb") as opened:
                 digest.update(str(file.relative_to(folder)).encode() + hashlib.file_digest(opened, "sha256").digest())
-    if isinstance(sae.gate, TopK) and not any(name.endswith(".json") for name in reader.FILES):
+    if isinstance(sae.gate, TopK) and not any(file.suffix == ".json" for file in _files(folder, reader, weights)):
         digest.update(str(sae.gate.k).encode())  # no file says it
     return digest.hexdigest()
+
+
+def _files(folder: Path, reader: ModuleType, weights: Path) -> list[Path]:
+    """The files that decide the SAE; a format may know them only once it has looked into one."""
+    if hasattr(reader, "files"):
+        return list(reader.files(weights))
+    return [weights if name in reader.WEIGHTS else folder / name for name in reader.FILES]
 
 
 def _check(folder: Path, sae: SparseAutoencoder) -> None:

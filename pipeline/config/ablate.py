@@ -1,0 +1,47 @@
+"""Config of the job that ablates."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from pipeline.config.sections import CatalogConfig, ClusterConfig, Section, StoreConfig
+
+
+class FeatureRef(Section):
+    """One feature of a catalog."""
+
+    hook_point: str
+    """As blocks.15.hook_resid_post."""
+    sae: str
+    """Its name in the catalog."""
+    feature_id: int = Field(ge=0)
+    """In that SAE."""
+
+
+class AblateConfig(Section):
+    """`jobs.ablate`: features of a catalog are zeroed over a sample of their spans."""
+
+    store: StoreConfig = StoreConfig()
+    catalog: CatalogConfig = CatalogConfig()
+    snapshot: PositiveInt | None = None
+    """null: the newest."""
+    features: tuple[FeatureRef, ...] = ()
+    """Which; none means the best ranked of every SAE."""
+    best: PositiveInt = 5
+    """How many of every SAE, where no features are named."""
+    group: str = "random"
+    """The spans to sample from: random speaks of a typical firing, top of the strongest."""
+    spans: int = Field(default=20, ge=2)
+    """At most so many spans of a feature, by rank."""
+    top_tokens: Literal["measured", "catalog"] = "measured"
+    """Whose logits are followed. measured: the tokens that zeroing lowers most on the even spans, followed on
+    the odd ones; catalog: the positive tokens of its logits.parquet."""
+    num_tokens: PositiveInt = 5
+    """How many of them."""
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    """Of the intervals."""
+    contexts: PositiveInt = 8
+    """Of one forward pass, which gives logits over the whole vocabulary."""
+    seed: int = Field(default=0, ge=0)
+    """Of the control's random directions."""
+    cluster: ClusterConfig = ClusterConfig()

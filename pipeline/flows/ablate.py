@@ -1,0 +1,196 @@
+"""Ablate features of a catalog: zero each over a sample of its spans, and write down what that did.
+
+What a catalog says of a feature is correlation: where it fires. This adds a cause: what the model predicts worse
+without it. The table joins the catalog's by its key and lies beside the snapshots, which stay as they are.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.compute.effects import mean_interval
+from pipeline.config import AblateConfig, AnalyzeConfig, FeatureRef
+from pipeline.errors import ConfigError, IdentityError
+from pipeline.flows.catalog import Catalog
+from pipeline.io import tables
+from pipeline.io.blobs import LocalBlobs
+from pipeline.io.model import Tokenizer, choose_device, model_facts
+from pipeline.steps import layout
+from pipeline.steps.ablation import Ablation, AblationTask, Ablator, SpanAddress
+from pipeline.steps.cluster import run_tasks
+from pipeline.steps.reader import load_saes
+from pipeline.types import HookPoint, SiteKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ablations:
+    """What came of it."""
+
+    table: tables.Table
+    """One row a feature, sorted by key."""
+    path: Path
+    """Where the table was written."""
+    skipped: tuple[str, ...]
+    """Features without a span in the group, one sentence each."""
+    failures: tuple[str, ...]
+    """Features that could not be ablated, one sentence each."""
+
+
+def ablate(config: AblateConfig, say: Callable[[str], None] = lambda text: None) -> Ablations:
+    """Run the job.
+
+    Args:
+        config: of the job.
+        say: hears one line for every feature that is done.
+
+    Raises:
+        UserError: if there is no such catalog or feature, or the model or an SAE is not the one it was made with.
+    """
+    catalog = Catalog(config.store.root, config.catalog.name, config.snapshot)
+    how = _settings(config, catalog)
+    tasks, values, skipped = _tasks(config, catalog, how)
+    make = partial(
+        Ablator,
+        how,
+        catalog.manifest["preparation_id"],
+        num_rows=config.contexts,
+        num_tokens=config.num_tokens,
+        seed=config.seed,
+    )
+    tokenizer = Tokenizer(how.model.id, how.model.revision, trust_remote_code=how.model.trust_remote_code)
+    needs_gpu = choose_device(how.model.device).type == "cuda"
+    rows: dict[AblationTask, dict[str, Any]] = {}
+    failures = []
+    for outcome in run_tasks(make, tasks, config.cluster, needs_gpu=needs_gpu):
+        task: AblationTask = outcome.task
+        name = f"feature {task.feature_id} of {task.site}"
+        if outcome.result is None:
+            failures.append(f"{name}: {outcome.kind}: {outcome.message}")
+        else:
+            rows[task] = _row(config, task, outcome.result, values[task], tokenizer) | {
+                "catalog_digest": catalog.digest
+            }
+        say(f"{len(rows) + len(failures)} of {len(tasks)}: {name}")
+    if not rows:
+        raise ConfigError(f"no feature could be ablated: {'; '.join([*failures, *skipped])}")
+    columns = {field: [rows[task][field] for task in tasks if task in rows] for field in tables.ABLATIONS.names}
+    table = tables.table(tables.ABLATIONS, columns)
+    body = tables.to_bytes(table)
+    blobs = LocalBlobs(config.store.root)
+    key = layout.ablation(config.catalog.name, catalog.number, hashlib.sha256(body).hexdigest()[:16])
+    blobs.put_if_absent(key, body)
+    return Ablations(table=table, path=blobs.path(key), skipped=tuple(skipped), failures=tuple(sorted(failures)))
+
+
+def _settings(config: AblateConfig, catalog: Catalog) -> AnalyzeConfig:
+    """The catalog's own settings, with today's store and cluster; model and SAEs proved to be the same."""
+    made = catalog.manifest
+    now = {"store": config.store.model_dump(), "cluster": config.cluster.model_dump()}
+    how = AnalyzeConfig.model_validate(made["config"] | now)
+    known = made["identity"]["measure"]
+    facts = model_facts(how.model.id, how.model.revision, trust_remote_code=how.model.trust_remote_code)
+    if facts.digest != known["model"]["digest"]:
+        raise IdentityError(
+            f"model {how.model.id} is no longer the one that catalog {config.catalog.name} was made with"
+        )
+    for site, loaded in load_saes(how.saes).items():
+        if loaded.digest != known["saes"].get(str(site)):
+            raise IdentityError(f"SAE {site} is no longer the one that catalog {config.catalog.name} was made with")
+    return how
+
+
+def _tasks(
+    config: AblateConfig, catalog: Catalog, how: AnalyzeConfig
+) -> tuple[list[AblationTask], dict[AblationTask, list[float]], list[str]]:
+    """The work, sorted by key; for each task the catalog's codes at the peaks; and what has no spans."""
+    groups = catalog.manifest["span_groups"]
+    if config.group not in groups or config.group == "non_activating":
+        raise ConfigError(
+            f"group is {config.group}; expected one of {', '.join(g for g in groups if g != 'non_activating')}"
+        )
+    tasks, values, skipped = [], {}, []
+    for ref in sorted(set(_features(config, catalog)), key=lambda r: (r.hook_point, r.sae, r.feature_id)):
+        try:
+            catalog.feature(ref.hook_point, ref.sae, ref.feature_id)
+        except KeyError as error:
+            raise ConfigError(f"features[]: {error.args[0]}") from error
+        spans = catalog.spans(ref.hook_point, ref.sae, ref.feature_id, [config.group])
+        found = sorted(spans.to_pylist(), key=lambda span: int(span["sample_rank"]))[: config.spans]
+        if not found:
+            skipped.append(f"feature {ref.feature_id} of {ref.hook_point}/{ref.sae} has no {config.group} spans")
+            continue
+        task = AblationTask(
+            site=SiteKey(HookPoint.parse(ref.hook_point), ref.sae),
+            feature_id=ref.feature_id,
+            spans=tuple(_address(span) for span in found),
+            token_ids=_top_tokens(config, catalog, ref) if config.top_tokens == "catalog" else None,
+        )
+        tasks.append(task)
+        values[task] = [float(span["value"]) for span in found]
+    return tasks, values, skipped
+
+
+def _features(config: AblateConfig, catalog: Catalog) -> Sequence[FeatureRef]:
+    if config.features:
+        return config.features
+    rows = catalog.best(config.best).to_pylist()
+    return [FeatureRef(**{name: row[name] for name in FeatureRef.model_fields}) for row in rows]
+
+
+def _address(span: dict[str, Any]) -> SpanAddress:
+    return SpanAddress(**{name: span[name] for name in SpanAddress.__dataclass_fields__})
+
+
+def _top_tokens(config: AblateConfig, catalog: Catalog, ref: FeatureRef) -> tuple[int, ...]:
+    path = catalog.folder / "logits.parquet"
+    key = [("hook_point", "=", ref.hook_point), ("sae", "=", ref.sae), ("feature_id", "=", ref.feature_id)]
+    rows = tables.read(path, filters=[*key, ("sign", "=", "positive")]).to_pylist() if path.exists() else []
+    if not rows:
+        raise ConfigError(
+            f"catalog {config.catalog.name} has no positive tokens of feature {ref.feature_id} in logits.parquet; "
+            "use top_tokens=measured"
+        )
+    rows.sort(key=lambda row: int(row["rank"]))
+    return tuple(int(row["token_id"]) for row in rows[: config.num_tokens])
+
+
+def _row(
+    config: AblateConfig, task: AblationTask, result: Ablation, values: Sequence[float], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """One row of the table."""
+    row: dict[str, Any] = {
+        "hook_point": str(task.site.hook_point),
+        "sae": task.site.sae,
+        "feature_id": task.feature_id,
+        "group": config.group,
+        "spans": len(task.spans),
+        "code": float(np.mean(values)),
+        "code_deviation": float(np.max(np.abs(result.codes - values) / np.abs(values))),
+        "loss_spans": len(result.loss),
+        "logit_spans": len(result.logit),
+        "confidence": config.confidence,
+        "top_tokens": config.top_tokens,
+        "token_ids": list(result.token_ids),
+        "tokens": tokenizer.tokens(result.token_ids),
+    }
+    measured = {
+        "loss": result.loss,
+        "control_loss": result.control_loss,
+        "excess_loss": result.loss - result.control_loss,
+        "logit": result.logit,
+        "control_logit": result.control_logit,
+        "excess_logit": result.logit - result.control_logit,
+    }
+    for name, changes in measured.items():
+        interval = mean_interval(changes, config.confidence)
+        row |= {
+            f"{name}_change": interval.mean,
+            f"{name}_change_low": interval.low,
+            f"{name}_change_high": interval.high,
+        }
+    return row

@@ -1,0 +1,240 @@
+"""A language model with SAEs attached: follow features while it runs, and steer it by editing their codes.
+
+Both are context managers around ordinary forwards or `generate`. They nest in any order and concern only the thread
+that entered them. Outside, the wrapper is the model, and no hook is set.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from logging import getLogger
+from typing import Any, get_args, overload
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.compute.edits import EditLike, ErrorTerm, Mode, read_edits
+from pipeline.compute.sae import SparseAutoencoder
+from pipeline.compute.tracks import TopFeatures
+from pipeline.errors import ArgumentError, ConfigError
+from pipeline.io.attachment import Attachment, SteeredPositions, Steering, Tracking, When
+from pipeline.types import HookPoint
+
+SteeringConfig = Mapping[str, EditLike | Sequence[EditLike]]
+
+_log = getLogger(__name__)
+
+
+class InterpretableModel(nn.Module):
+    """A model whose features can be read and edited while it runs.
+
+    >>> model = InterpretableModel(AutoModelForCausalLM.from_pretrained(...), load_saes("saes/"))
+    >>> with model.interpretation_enabled():
+    ...     output = model(input_ids)
+    >>> features = model.get_active_features()
+    >>> steered = model.steer(input_ids, feature_id=("blocks.10.hook_resid_post", 4232), strength=2.0)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        saes: Mapping[str, SparseAutoencoder],
+        device: str | torch.device | None = None,
+    ):
+        """Wrap a model; nothing is attached to it yet.
+
+        Args:
+            model: a decoder of transformers of any supported family, or nanochat's own GPT.
+            saes: one SAE for each hook point, named as in `blocks.10.hook_resid_post`.
+            device: where the SAEs are put; by default with the model. They follow the activations.
+
+        Raises:
+            ArgumentError: if the model is not supported or has no such hook point; also a ValueError.
+        """
+        super().__init__()
+        self.model = model
+        self.device = torch.device(device) if device is not None else _device_of(model)
+        points = {str(name): _parse(str(name)) for name in saes}
+        if len(set(points.values())) < len(points):
+            raise ArgumentError(f"two of the SAEs {', '.join(points)} read the same hook point; expected one each")
+        here = {str(name): sae.to(self.device) for name, sae in saes.items()}
+        try:
+            self._attachment = Attachment(model, here, points)
+        except ConfigError as error:
+            raise ArgumentError(str(error)) from error
+
+    @property
+    def saes(self) -> dict[str, SparseAutoencoder]:
+        """The SAEs by hook point."""
+        return self._attachment.saes
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward."""
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `generate`, tracked and steered like any forward.
+
+        Raises:
+            ArgumentError: if beams are asked for while features are tracked.
+        """
+        beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
+        if beams > 1 and self._attachment.is_tracking:
+            raise ArgumentError(
+                f"num_beams is {beams}, but beams change rows while they grow, and tracked codes would not follow; "
+                "use num_beams=1, or run the result through the model again"
+            )
+        return self.model.generate(*args, **kwargs)  # type: ignore[operator]  # nn.Module types attributes as tensors
+
+    @contextmanager
+    def interpretation_enabled(self, *, when: When = "before") -> Iterator["InterpretableModel"]:
+        """Collect the codes of every SAE; read them with `get_active_features`, also after the block.
+
+        A forward that goes on from a cache extends what was collected; any other replaces it.
+
+        Args:
+            when: before: codes of the activation as it arrives at the hook point; after: as it leaves, edits of
+                this hook point included.
+        """
+        if when not in get_args(When):
+            raise ArgumentError(f"when is {when!r}; expected {' or '.join(get_args(When))}")
+        with self._attachment.inside(Tracking(when)):
+            yield self
+
+    @contextmanager
+    def steering_enabled(
+        self, steering_config: SteeringConfig, *, error_term: ErrorTerm = "keep"
+    ) -> Iterator["InterpretableModel"]:
+        """Edit codes at every position of every forward.
+
+        All edits of a hook point, those of outer blocks first, start from the codes of the activation as it
+        arrives; several edits of one feature are applied in order.
+
+        Args:
+            steering_config: for each hook point an edit or several; (feature, strength) scales, and
+                (feature, strength, mode) may also add or set.
+            error_term: keep changes activations only along the decoder rows of edited features; drop puts the
+                SAE's reconstruction in their place.
+
+        Raises:
+            ArgumentError: if a hook point has no SAE, or an edit no such feature or a value that is not finite.
+        """
+        if error_term not in get_args(ErrorTerm):
+            raise ArgumentError(f"error_term is {error_term!r}; expected {' or '.join(get_args(ErrorTerm))}")
+        edits = {}
+        for hook_point, given in steering_config.items():
+            name = str(hook_point)
+            if name not in self.saes:
+                raise ArgumentError(f"No SAE for hook point: {name}")
+            edits[name] = read_edits(given, self.saes[name].num_features)
+        frame = Steering(edits, error_term, dict.fromkeys(edits, SteeredPositions(0, 0)))
+        with self._attachment.inside(frame):
+            yield self
+        _say_if_idle(frame)
+
+    def steer(
+        self,
+        input_ids: Tensor,
+        feature_id: tuple[str, int],
+        strength: float,
+        *,
+        mode: Mode = "scale",
+        error_term: ErrorTerm = "keep",
+        **kwargs: Any,
+    ) -> Any:
+        """One forward with one feature edited.
+
+        Args:
+            input_ids: (B, T).
+            feature_id: hook point and feature.
+            strength: scale: the new code is strength x code; add: code + strength; set: strength.
+            mode: of the edit.
+            error_term: as in `steering_enabled`.
+            kwargs: go to the model.
+
+        Returns:
+            The output of the model.
+        """
+        hook_point, feature = feature_id
+        with self.steering_enabled({hook_point: (feature, strength, mode)}, error_term=error_term):
+            return self.model(input_ids, **kwargs)
+
+    @overload
+    def get_active_features(self, hook_point: str | None = None, top_k: None = None) -> dict[str, Tensor]: ...
+
+    @overload
+    def get_active_features(self, hook_point: str | None = None, *, top_k: int) -> dict[str, TopFeatures]: ...
+
+    def get_active_features(
+        self, hook_point: str | None = None, top_k: int | None = None
+    ) -> dict[str, Tensor] | dict[str, TopFeatures]:
+        """What this thread tracked last, by hook point.
+
+        Args:
+            hook_point: only this one.
+            top_k: only the strongest features of every token, as (indices, values), each (B, T, min(top_k, F)).
+
+        Returns:
+            Without `top_k`, sparse tensors (B, T, F) of the positive codes, on the CPU.
+
+        Raises:
+            RuntimeError: if nothing was ever tracked.
+            ArgumentError: if nothing was tracked at this hook point.
+        """
+        tracking = self._attachment.tracking
+        if tracking is None:
+            raise RuntimeError("No features available. Use interpretation_enabled() context manager.")
+        tracks = tracking.tracks
+        if hook_point is not None:
+            if str(hook_point) not in tracks:
+                raise ArgumentError(f"No features for hook point: {hook_point}")
+            tracks = {str(hook_point): tracks[str(hook_point)]}
+        if top_k is None:
+            return {name: track.sparse() for name, track in tracks.items()}
+        if top_k < 1:
+            raise ArgumentError(f"top_k is {top_k}; expected at least 1")
+        return {name: track.top(top_k) for name, track in tracks.items()}
+
+    def clear_active_features(self) -> None:
+        """Forget what this thread tracked."""
+        self._attachment.forget()
+
+    def get_steered_positions(self) -> dict[str, SteeredPositions]:
+        """How many tokens the steering of this thread touched and saw, by hook point.
+
+        Of the block that it is in, else of the last one.
+
+        Raises:
+            RuntimeError: if nothing was ever steered.
+        """
+        steering = self._attachment.steering
+        if steering is None:
+            raise RuntimeError("Nothing was steered. Use steering_enabled() context manager.")
+        return dict(steering.positions)
+
+
+def _parse(name: str) -> HookPoint:
+    try:
+        return HookPoint.parse(name)
+    except ConfigError as error:
+        block = re.fullmatch(r"blocks\.\d+\.(.*)", name)
+        what = f"Unknown hook type: {block[1]}" if block else f"Invalid hook point: {name}"
+        raise ArgumentError(f"{what} ({error})") from error
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    get_device = getattr(model, "get_device", None)  # nanochat's GPT says it itself
+    return torch.device(get_device()) if get_device is not None else next(model.parameters()).device
+
+
+def _say_if_idle(frame: Steering) -> None:
+    for name, positions in frame.positions.items():
+        if positions.touched:
+            continue
+        what = (
+            f"none of {positions.seen} positions: at all of them the edits leave the codes as they are (scaling cannot "
+            "switch on a silent feature; mode add or set can)"
+            if positions.seen
+            else "nothing: no forward of this model ran in this thread inside the block"
+        )
+        _log.warning("steering at %s touched %s", name, what)

@@ -1,0 +1,309 @@
+"""nanochat SAEs: `.pt` files with `sae_state_dict` and `config`, read without pickles and written.
+
+The config stands in the file, else in `<stem>.config.json` or `config.json` beside it. Architectures topk, relu
+and gated (a gate matrix of its own), all without a pre-encoder bias.
+
+In this format the gates of topk and gated let negative values through. A code is positive in this project: what
+is negative counts as silent and stays in the part of the activation that the SAE does not explain.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from logging import getLogger
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.compute.sae import Gate, Gated, Relu, SparseAutoencoder, TopK
+from pipeline.errors import ArgumentError, CheckpointError, ConfigError
+from pipeline.types import HookPoint
+
+_BEST = "best_model.pt"
+WEIGHTS = (_BEST, "*.pt")
+_OTHERS = (".sae.pt", "ae.pt")
+"""Of files that other formats name so."""
+_ACTIVATIONS = "topk, relu, gated"
+_log = getLogger(__name__)
+
+
+class _File(NamedTuple):
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    config_path: Path | None
+    """None: it stands in the file itself."""
+
+
+def detect(folder: Path) -> bool:
+    """Whether a directory has a `best_model.pt`, or another `.pt` file that is a checkpoint of this format.
+
+    Raises:
+        CheckpointError: if `best_model.pt` holds pickled objects.
+    """
+    best = folder / _BEST
+    if best.is_file():
+        return _is_ours(_load(best))
+    for file in sorted(folder.glob("*.pt")):
+        with contextlib.suppress(CheckpointError):
+            if not file.name.endswith(_OTHERS) and _is_ours(_load(file)):
+                return True
+    return False
+
+
+def files(weights: Path) -> tuple[Path, ...]:
+    """What decides the SAE of a file; its digest is over these."""
+    found = _read(weights)
+    return (found.path,) if found.config_path is None else (found.path, found.config_path)
+
+
+def read(weights: Path, _tensors: Mapping[str, Tensor], _k: int | None) -> tuple[SparseAutoencoder, dict[str, Any]]:
+    """The SAE of a file, and its config with the hook point also as `hook_name`.
+
+    Raises:
+        CheckpointError: if a key or tensor is missing or does not fit.
+    """
+    found = _read(weights)
+    return _sae(found), found.config | {"hook_name": found.config["hook_point"]}
+
+
+def load_saes(
+    sae_dir: str | Path, device: str | torch.device = "cpu", hook_points: Sequence[str] | None = None
+) -> dict[str, SparseAutoencoder]:
+    """The SAEs of a directory by hook point, sorted.
+
+    Looks for `best_model.pt` and `checkpoint_*.pt` at any depth, else for `*.pt` in the directory itself. Of
+    several files for one hook point the best model is taken, else the checkpoint with the highest step. What was
+    taken and what was passed over is logged.
+
+    Args:
+        sae_dir: the directory.
+        device: where the SAEs are put.
+        hook_points: load only these.
+
+    Raises:
+        ArgumentError: if there is no such directory; also a ValueError.
+        CheckpointError: if a file is not sound, or two claim one hook point with equal right.
+    """
+    folder = Path(sae_dir).expanduser()
+    if not folder.is_dir():
+        raise ArgumentError(f"SAE directory does not exist: {sae_dir}")
+    saes = {}
+    for hook_point, found in sorted(_choose(folder, hook_points).items()):
+        saes[hook_point] = _sae(found).to(torch.device(device))
+        _log.info("loaded the SAE for %s from %s", hook_point, found.path)
+    if not saes:
+        _log.warning("no SAEs found in %s%s", sae_dir, "" if hook_points is None else f" for {', '.join(hook_points)}")
+    return saes
+
+
+def save_sae(sae: SparseAutoencoder, config: Mapping[str, Any], save_path: str | Path, **metadata: Any) -> None:
+    """Write an SAE as a nanochat checkpoint, with its config also in `<stem>.config.json`.
+
+    Args:
+        sae: relu, topk or gated, without input normalisation; a pre-encoder bias is folded into b_enc.
+        config: JSON values; `hook_point` is required; `d_in`, `d_sae`, `activation` and `k` are filled in, and must
+            be right where they are given.
+        save_path: of the `.pt` file.
+        metadata: kept under the key `metadata` of the file.
+
+    Raises:
+        ArgumentError: if the format cannot hold this SAE, or the config contradicts it; also a ValueError.
+    """
+    path = Path(save_path)
+    if path.suffix != ".pt":
+        raise ArgumentError(f"save_path is {save_path}; expected a file that ends in .pt")
+    tensors, facts = _state(sae)
+    wrong = {key: config[key] for key in facts if config.get(key) not in (None, facts[key])}
+    if wrong:
+        raise ArgumentError(f"config says {wrong}, but the SAE has { ({key: facts[key] for key in wrong}) }")
+    whole = dict(config) | facts
+    try:
+        _checked_config(path, whole)
+        body = json.dumps(whole, indent=2)
+    except (CheckpointError, TypeError) as error:
+        raise ArgumentError(f"config cannot be saved: {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save({"sae_state_dict": tensors, "config": json.loads(body), "metadata": metadata}, draft)
+        _load(draft)
+        draft.replace(path)
+    except CheckpointError as error:
+        raise ArgumentError(f"metadata {', '.join(metadata)} must be tensors and plain values: {error}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+    _config_paths(path)[0].write_text(body + "\n")
+
+
+def _state(sae: SparseAutoencoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a checkpoint and the config's facts about them."""
+    facts: dict[str, Any] = {"d_in": sae.width, "d_sae": sae.num_features}
+    if sae.transform != "none":
+        raise ArgumentError(f"the SAE normalises its input ({sae.transform}), which this format cannot say")
+    b_enc, w_enc = sae.b_enc, sae.w_enc
+    shift = torch.zeros_like(b_enc) if sae.pre_bias is None else sae.pre_bias @ w_enc
+    more = {}
+    match sae.gate:
+        case TopK(k):
+            facts |= {"activation": "topk", "k": k}
+        case Relu():
+            facts |= {"activation": "relu"}
+        case Gated(b_gate, b_mag, r_mag, w_gate):
+            facts |= {"activation": "gated"}
+            w_gate = w_enc if w_gate is None else w_gate
+            gate_shift = torch.zeros_like(b_gate) if sae.pre_bias is None else sae.pre_bias @ w_gate
+            more = {"W_gate": w_gate, "b_gate": b_gate - gate_shift}
+            w_enc, b_enc, shift = w_enc * r_mag.exp(), b_mag, shift * r_mag.exp()
+        case _:
+            raise ArgumentError(f"a {type(sae.gate).__name__} gate has no name in this format; it has {_ACTIVATIONS}")
+    tensors = {"W_enc": w_enc, "b_enc": b_enc - shift, "W_dec": sae.w_dec, "b_dec": sae.b_dec} | more
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, facts
+
+
+def _candidates(folder: Path) -> list[Path]:
+    named = [*folder.glob(f"**/{_BEST}"), *folder.glob("**/checkpoint_*.pt")]
+    return sorted(named or folder.glob("*.pt"))
+
+
+def _choose(folder: Path, hook_points: Sequence[str] | None) -> dict[str, _File]:
+    """The file to read for each hook point."""
+    found: dict[str, list[_File]] = {}
+    for path in _candidates(folder):
+        file = _open(path)
+        if file is None:
+            _log.warning("no config found for %s, skipping", path)
+            continue
+        if hook_points is None or file.config["hook_point"] in hook_points:
+            found.setdefault(file.config["hook_point"], []).append(file)
+    chosen = {}
+    for hook_point, several in found.items():
+        several.sort(key=_right, reverse=True)
+        best, *others = several
+        if others and _right(best) == _right(others[0]):
+            raise CheckpointError(
+                f"{best.path} and {others[0].path} are both for {hook_point}, and neither is a later checkpoint; "
+                "remove one, or load the other with load_sae"
+            )
+        for other in others:
+            _log.info("%s is passed over: %s comes first for %s", other.path, best.path.name, hook_point)
+        chosen[hook_point] = best
+    return chosen
+
+
+def _right(file: _File) -> tuple[bool, int]:
+    """What a file goes by among those of one hook point: the best model, else the highest step."""
+    step = re.fullmatch(r"checkpoint_\D*(\d+)\.pt", file.path.name)
+    return file.path.name == _BEST, int(step[1]) if step else -1
+
+
+def _config_paths(path: Path) -> tuple[Path, Path]:
+    return path.with_name(f"{path.stem}.config.json"), path.with_name("config.json")
+
+
+def _read(path: Path) -> _File:
+    file = _open(path)
+    if file is None:
+        own, shared = _config_paths(path)
+        raise CheckpointError(f"{path} has no config in it, and there is no {own.name} or {shared.name} beside it")
+    return file
+
+
+def _open(path: Path) -> _File | None:
+    """A checkpoint, its tensors mapped and not yet read; None if it has no config.
+
+    Raises:
+        CheckpointError: if it is not one of this format, or its config does not fit it.
+    """
+    checkpoint = _load(path)
+    if not _is_ours(checkpoint):
+        has = ", ".join(map(str, list(checkpoint)[:8])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise CheckpointError(f"{path} is no nanochat SAE: expected a dict with sae_state_dict, it has {has}")
+    config, config_path = checkpoint.get("config"), None
+    if config is None:
+        config_path = next((p for p in _config_paths(path) if p.is_file()), None)
+        if config_path is None:
+            return None
+        try:
+            config = json.loads(config_path.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"the config in {config_path} is not JSON: {error}") from error
+    return _File(path, _checked_config(config_path or path, config), checkpoint["sae_state_dict"], config_path)
+
+
+def _is_ours(checkpoint: Any) -> bool:
+    return isinstance(checkpoint, dict) and isinstance(checkpoint.get("sae_state_dict"), dict)
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as plain tensors and values ({str(error).strip().splitlines()[0]}); files with "
+            "pickled objects are refused, because loading them would run their code"
+        ) from error
+
+
+def _checked_config(path: Path, config: Any) -> dict[str, Any]:
+    if not isinstance(config, dict):
+        raise CheckpointError(f"the config in {path} is {type(config).__name__}; expected a mapping")
+    missing = [key for key in ("d_in", "activation", "hook_point") if config.get(key) is None]
+    if missing:
+        raise CheckpointError(f"the config in {path} has no {', '.join(missing)}")
+    try:
+        hook_point = str(HookPoint.parse(config["hook_point"]))
+    except ConfigError as error:
+        raise CheckpointError(f"the config in {path}: {error}") from error
+    return config | {"hook_point": hook_point}
+
+
+def _sae(file: _File) -> SparseAutoencoder:
+    """The SAE of an open file, its shapes proved."""
+    config = file.config
+    width, num_features = config["d_in"], config.get("d_sae")
+    if num_features is None:
+        num_features = width * config.get("expansion_factor", 8)
+    shapes = {"W_enc": (width, num_features), "b_enc": (num_features,), "W_dec": (num_features, width)}
+    shapes |= {"b_dec": (width,)}
+    if config["activation"] == "gated":
+        shapes |= {"W_gate": (width, num_features), "b_gate": (num_features,)}
+    tensors = {}
+    for name, shape in shapes.items():
+        tensor = file.tensors.get(name)
+        if not isinstance(tensor, Tensor) or tensor.shape != shape:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else "missing"
+            raise CheckpointError(f"{file.path}: {name} is {got}; expected {shape} by its config")
+        tensors[name] = tensor.float().clone()
+        if not torch.isfinite(tensors[name]).all():
+            raise CheckpointError(f"{file.path} has NaN or infinite values in {name}")
+    gate, b_enc = _gate(file, tensors), tensors["b_enc"]
+    return SparseAutoencoder(
+        w_enc=tensors["W_enc"],
+        b_enc=torch.zeros_like(b_enc) if isinstance(gate, Gated) else b_enc,
+        w_dec=tensors["W_dec"],
+        b_dec=tensors["b_dec"],
+        gate=gate,
+    )
+
+
+def _gate(file: _File, tensors: Mapping[str, Tensor]) -> Gate:
+    match file.config["activation"]:
+        case "relu":
+            return Relu()
+        case "topk":
+            k = file.config.get("k", 64)
+            if not isinstance(k, int) or k < 1:
+                raise CheckpointError(f"{file.path} is of a topk SAE but gives k as {k!r}")
+            return TopK(k)
+        case "gated":
+            b_enc = tensors["b_enc"]
+            return Gated(tensors["b_gate"], b_enc, torch.zeros_like(b_enc), tensors["W_gate"])
+        case other:
+            raise CheckpointError(f"{file.path}: activation {other!r} is not known; expected one of {_ACTIVATIONS}")
