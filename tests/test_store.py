@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import CensusError, CorruptError, StorageError
-from pipeline.io import store, tables
+from pipeline.io import schemas, store, tables
 from pipeline.io.blobs import LocalBlobs
 
 KEY, OLD, NEW = "folder/key.json", b"old bytes", b"new bytes, and more of them" * 200
@@ -367,14 +367,14 @@ def shard_table(num_rows: int) -> pa.Table:
         "document_start": [[0, 3]] * num_rows,
         "slice": ["all"] * num_rows,
     }
-    return tables.table(tables.SHARD, columns)
+    return tables.table(schemas.SHARD, columns)
 
 
 def test_tables_come_back_from_bytes_files_and_messages_in_bounded_row_groups(tmp_path: Path) -> None:
     whole = shard_table(9000)
     assert tables.to_bytes(whole) == tables.to_bytes(shard_table(9000))
     (tmp_path / "a.parquet").write_bytes(tables.to_bytes(whole))
-    num_rows = tables.write(tmp_path / "b.parquet", tables.SHARD, [whole.slice(0, 5), whole.slice(5)])
+    num_rows = tables.write(tmp_path / "b.parquet", schemas.SHARD, [whole.slice(0, 5), whole.slice(5)])
     assert num_rows == 9000
     for path in (tmp_path / "a.parquet", tmp_path / "b.parquet"):
         assert tables.read(path).equals(whole)

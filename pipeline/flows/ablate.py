@@ -17,7 +17,7 @@ from pipeline.compute.effects import mean_interval
 from pipeline.config import AblateConfig, AnalyzeConfig, FeatureRef
 from pipeline.errors import ConfigError, IdentityError
 from pipeline.flows.catalog import Catalog
-from pipeline.io import tables
+from pipeline.io import schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.model import Tokenizer, choose_device, model_facts
 from pipeline.steps import layout
@@ -78,8 +78,8 @@ def ablate(config: AblateConfig, say: Callable[[str], None] = lambda text: None)
         say(f"{len(rows) + len(failures)} of {len(tasks)}: {name}")
     if not rows:
         raise ConfigError(f"no feature could be ablated: {'; '.join([*failures, *skipped])}")
-    columns = {field: [rows[task][field] for task in tasks if task in rows] for field in tables.ABLATIONS.names}
-    table = tables.table(tables.ABLATIONS, columns)
+    columns = {field: [rows[task][field] for task in tasks if task in rows] for field in schemas.ABLATIONS.names}
+    table = tables.table(schemas.ABLATIONS, columns)
     body = tables.to_bytes(table)
     blobs = LocalBlobs(config.store.root)
     key = layout.ablation(config.catalog.name, catalog.number, hashlib.sha256(body).hexdigest()[:16])

@@ -16,7 +16,7 @@ from pipeline.compute.tests_of_difference import Tokens
 from pipeline.config import CompareConfig, SideConfig
 from pipeline.flows.analyze import analyze
 from pipeline.flows.sides import Side, relate
-from pipeline.io import tables
+from pipeline.io import schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import canonical
 from pipeline.steps import contrast, pairs
@@ -87,7 +87,7 @@ def compare(config: CompareConfig, say: Callable[[str], None] | None = None) -> 
     out = LocalBlobs(config.out)
     out.put(
         "comparison.parquet",
-        tables.to_bytes(tables.joined(tables.COMPARISON, [_table(*item) for item in sites.items()])),
+        tables.to_bytes(tables.joined(schemas.COMPARISON, [_table(*item) for item in sites.items()])),
     )
     out.put("comparison.json", canonical(summary))
     return Comparison(a=a, b=b, labels=labels, sites=sites, summary=summary, folder=out.root)
@@ -138,7 +138,7 @@ def _table(site: SiteKey, columns: Columns) -> tables.Table:
         "sae": [site.sae] * num_features,
         "feature_id": np.arange(num_features),
     }
-    return tables.table(tables.COMPARISON, key | {name: tables.masked(column) for name, column in columns.items()})
+    return tables.table(schemas.COMPARISON, key | {name: tables.masked(column) for name, column in columns.items()})
 
 
 def _about(side: Side, of: Mapping[SiteKey, Tokens]) -> dict[str, Any]:

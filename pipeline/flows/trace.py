@@ -21,7 +21,7 @@ from pipeline.config import AnalyzeConfig, ModelConfig, TraceConfig
 from pipeline.errors import CensusError, ConfigError, IdentityError
 from pipeline.flows.catalog import Catalog
 from pipeline.flows.origins import Origins, chapter, origins
-from pipeline.io import report, tables
+from pipeline.io import report, schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.io.model import LanguageModel, choose_device, model_facts
@@ -144,7 +144,7 @@ def _traced(
             stage.advance(len(outcome.task))
     if not parts:
         raise CensusError(f"nothing could be traced: {failures[0]}")
-    table = tables.joined(tables.SOURCES, parts)
+    table = tables.joined(schemas.SOURCES, parts)
     return table.sort_by([(name, "ascending") for name in _ORDER]), tuple(failures)
 
 
@@ -257,7 +257,7 @@ def _publish(config: TraceConfig, catalog: Catalog, table: tables.Table, page: b
     if blobs.exists("sources.parquet"):
         whole = _by_feature(tables.read(blobs.path("sources.parquet"))) | whole
     files = {
-        "sources.parquet": tables.to_bytes(tables.joined(tables.SOURCES, [whole[key] for key in sorted(whole)])),
+        "sources.parquet": tables.to_bytes(tables.joined(schemas.SOURCES, [whole[key] for key in sorted(whole)])),
         "sources.csv": tables.csv_bytes(table),
         "sources.html": page,
     }

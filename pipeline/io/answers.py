@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.io import tables
+from pipeline.io import schemas, tables
 from pipeline.io.blobs import LocalBlobs
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
@@ -42,7 +42,7 @@ def write(path: Path, records: Iterable[dict[str, Any]], *, many: bool) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".parquet":
-            tables.write(draft, tables.FOUND, _tables(records))
+            tables.write(draft, schemas.FOUND, _tables(records))
         else:
             with draft.open("w", encoding="utf-8", newline="") as target:
                 target.writelines(_text(path.suffix, records, many=many))
@@ -112,6 +112,6 @@ def _tables(records: Iterable[dict[str, Any]]) -> Iterator[tables.Table]:
     for row in _rows(records):
         waiting.append(row)
         if len(waiting) == _ROWS:
-            yield tables.from_rows(tables.FOUND, waiting)
+            yield tables.from_rows(schemas.FOUND, waiting)
             waiting = []
-    yield tables.from_rows(tables.FOUND, waiting)
+    yield tables.from_rows(schemas.FOUND, waiting)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.io import tables
+from pipeline.io import schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import canonical
 
@@ -51,7 +51,7 @@ class Ledger:
         key = f"sweeps/runs/{run.entry}/{_stamp(run.started_at)}.json"
         self._blobs.put_if_absent(key, canonical(run.model_dump(mode="json")))
         rows = [_row(one) for one in self.runs()]
-        self._blobs.put("sweeps/sweeps.parquet", tables.to_bytes(tables.from_rows(tables.SWEEPS, rows)))
+        self._blobs.put("sweeps/sweeps.parquet", tables.to_bytes(tables.from_rows(schemas.SWEEPS, rows)))
 
 
 def _stamp(moment: datetime) -> str:

@@ -11,7 +11,7 @@ import torch
 from pipeline.compute.logits import DEFINITIONS, LogitEffects, Mode, Writing, logit_effects
 from pipeline.config import DirectLogitAttributorConfig, LogitsConfig, ModelConfig, SaeConfig
 from pipeline.errors import ConfigError
-from pipeline.io import device, tables
+from pipeline.io import device, schemas, tables
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.io.model import LanguageModel, Tokenizer, choose_device, choose_dtype
 from pipeline.io.unembedding import check_path, read_unembedding, read_writing
@@ -201,7 +201,7 @@ def _logit_rows(site: SiteKey, task: RangeTask, effects: LogitEffects, tokenizer
     token = np.concatenate([effects.negative_token, effects.positive_token], axis=1).reshape(-1)
     texts = _texts(token, tokenizer)
     return tables.table(
-        tables.LOGITS,
+        schemas.LOGITS,
         {
             "hook_point": [str(site.hook_point)] * len(token),
             "sae": [site.sae] * len(token),
@@ -217,7 +217,7 @@ def _logit_rows(site: SiteKey, task: RangeTask, effects: LogitEffects, tokenizer
 
 def _moment_rows(site: SiteKey, task: RangeTask, effects: LogitEffects) -> tables.Table:
     return tables.table(
-        tables.LOGIT_MOMENTS,
+        schemas.LOGIT_MOMENTS,
         {
             "hook_point": [str(site.hook_point)] * task.num_features,
             "sae": [site.sae] * task.num_features,
@@ -247,8 +247,8 @@ def write_tables(folder: Path, results: Iterator[LogitResult], asked: LogitsConf
             moments.append(tables.from_ipc(result.moments))
             yield tables.from_ipc(result.logits)
 
-    tables.write(folder / LOGITS, tables.LOGITS, rows())
-    tables.write(folder / MOMENTS, tables.LOGIT_MOMENTS, moments)
+    tables.write(folder / LOGITS, schemas.LOGITS, rows())
+    tables.write(folder / MOMENTS, schemas.LOGIT_MOMENTS, moments)
     return {
         **asked.model_dump(mode="json"),
         "definition": DEFINITIONS[asked.mode],

@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.compute.packing import Context, Packer
 from pipeline.config import CorpusConfig, ModelConfig
 from pipeline.errors import CorruptError
-from pipeline.io import tables
+from pipeline.io import schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.corpus import BadRecord, Document, Source, read
 from pipeline.io.model import Tokenizer
@@ -173,7 +173,7 @@ class Preparer:
             "slice": [slice_name] * len(contexts),
         }
         shard_id = _content_id(columns)
-        body = tables.to_bytes(tables.table(tables.SHARD, columns))
+        body = tables.to_bytes(tables.table(schemas.SHARD, columns))
         self._blobs.put(layout.shard(self._settings.preparation_id, shard_id), body)
         record = ShardRecord(
             shard_id=shard_id,

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.compute import fixed, labels, scores, stats
 from pipeline.errors import CorruptError
-from pipeline.io import store, tables
+from pipeline.io import schemas, store, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import Receipt, canonical
 from pipeline.steps import layout
@@ -102,9 +102,9 @@ class Draft:
                 self._results.append(result)
                 yield tables.from_ipc(result.spans)
 
-        tables.write(self._folder / "spans.parquet", tables.SPANS, spans())
-        tables.write(self._folder / "slices.parquet", tables.SLICES, slices)
-        tables.write(self._folder / "features.parquet", tables.FEATURES, self._features(score))
+        tables.write(self._folder / "spans.parquet", schemas.SPANS, spans())
+        tables.write(self._folder / "slices.parquet", schemas.SLICES, slices)
+        tables.write(self._folder / "features.parquet", schemas.FEATURES, self._features(score))
         self._write_arrays(receipts)
 
     def _features(self, score: scores.Score) -> Iterator[tables.Table]:
@@ -114,7 +114,7 @@ class Draft:
             num_features = len(scored)
             words = [result.words for result in self._results if result.task.site == index]
             yield tables.table(
-                tables.FEATURES,
+                schemas.FEATURES,
                 columns
                 | {
                     "hook_point": [str(site.hook_point)] * num_features,

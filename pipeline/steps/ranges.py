@@ -16,7 +16,7 @@ from pipeline.compute.samples import Entries, Kept, Samples, exponent_of, joined
 from pipeline.compute.stats import FeatureStats
 from pipeline.config import ModelConfig, SamplingConfig
 from pipeline.errors import CorruptError
-from pipeline.io import tables
+from pipeline.io import schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.model import Tokenizer
 from pipeline.io.store import FEATURE_CHUNK
@@ -311,4 +311,4 @@ def _slice_rows(site: SiteKey, start: int, by_slice: Mapping[str, FeatureStats],
         "mean_when_firing": column({name: statistics.mean(s, s.count) for name, s in by_slice.items()}),
         "max": column({name: s.maximum.astype(np.float64) for name, s in by_slice.items()}),
     }
-    return tables.ipc_bytes(tables.table(tables.SLICES, rows))
+    return tables.ipc_bytes(tables.table(schemas.SLICES, rows))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
-from pipeline.io import tables
+from pipeline.io import schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.model import Tokenizer
 from pipeline.steps import layout
@@ -139,7 +139,7 @@ def attach(
     flat_places, _ = take_ranges(values.start[:-1][kept], values.start[1:][kept])
     chosen = addresses.where(kept)
     table = tables.table(
-        tables.SPANS,
+        schemas.SPANS,
         {
             "hook_point": [hook_point] * len(kept),
             "sae": [sae] * len(kept),

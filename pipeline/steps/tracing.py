@@ -14,7 +14,7 @@ from pipeline.compute.linear import Split
 from pipeline.compute.sae import SparseAutoencoder
 from pipeline.config import ModelConfig, SaeConfig
 from pipeline.errors import ConfigError, ShardError
-from pipeline.io import device, tables
+from pipeline.io import device, schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.model import choose_device
 from pipeline.io.paths import Paths
@@ -165,7 +165,7 @@ class Tracer:
             ]
             for span, one in zip(spans, split(self._paths, torch.tensor(input_ids), probes), strict=True):
                 rows += span_rows(span, one, words, self._settings.num_pairs)
-        return tables.ipc_bytes(tables.from_rows(tables.SOURCES, rows))
+        return tables.ipc_bytes(tables.from_rows(schemas.SOURCES, rows))
 
 
 def span_rows(span: SpanProbe, one: Split, words: Sequence[str], num_pairs: int) -> list[dict[str, object]]:
