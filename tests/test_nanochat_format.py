@@ -80,7 +80,7 @@ def test_codes_are_the_positive_ones_of_the_formula(activation: str, tmp_path: P
     expected = literal(activation, state_of(activation), X.flatten(0, 1))
     torch.testing.assert_close(dense(loaded.sae), expected.clamp(min=0).float(), rtol=1e-5, atol=1e-5)
     assert (expected < 0).any() == (activation == "gated")
-    assert (loaded.name, str(loaded.hook_point)) == ("layer_3", HOOK)
+    assert (loaded.name, str(loaded.hook_point)) == ("saes", HOOK)
     assert loaded.metadata == config_of(activation) | {"hook_name": HOOK}
 
 
