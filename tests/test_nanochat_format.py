@@ -252,10 +252,10 @@ def test_pickled_objects_are_refused_and_never_run(old_format: bool, tmp_path: P
     checkpoint = {"sae_state_dict": state_of("relu"), "config": config_of("relu"), "extra": Bomb(trap)}
     torch.save(checkpoint, path, _use_new_zipfile_serialization=not old_format)
     for load in (lambda: load_sae(str(path)), lambda: load_saes(path.parent)):
-        with pytest.raises(CheckpointError, match="files with pickled objects are refused"):
+        with pytest.raises(CheckpointError, match="are never loaded"):
             load()
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(CheckpointError, match="cannot be read as plain tensors"):
+    with pytest.raises(CheckpointError, match=r"not a (plain|sound) torch file"):
         load_sae(str(path))
     assert not trap.exists()
 

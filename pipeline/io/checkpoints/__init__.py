@@ -35,7 +35,7 @@ from pipeline.io.checkpoints import (
     sae_lens,
     sparsify,
 )
-from pipeline.io.checkpoints.files import SUFFIXES, read_tensors
+from pipeline.io.checkpoints.files import SUFFIXES, read_tensors, read_torch
 from pipeline.types import HookPoint
 
 FORMATS: dict[str, ModuleType] = {
@@ -104,7 +104,7 @@ def load_sae(
     """
     chosen = HookPoint.parse(hook_point) if hook_point else None
     place = _locate(path, revision, chosen)
-    reader = _reader(place.folder, format_name)
+    reader = _reader(place, format_name)
     weights = _weights(place, reader, chosen)
     sae, metadata = reader.read(weights, read_tensors(weights), k)
     _check(place.folder, sae)
@@ -168,7 +168,8 @@ def _other_layers(chosen: HookPoint | None) -> list[str]:
     return [f"*{pattern.format(layer=layer)}" for pattern in patterns for layer in layers]
 
 
-def _reader(folder: Path, format_name: str | None) -> ModuleType:
+def _reader(place: _Place, format_name: str | None) -> ModuleType:
+    folder = place.folder
     if format_name is not None:
         if format_name not in FORMATS:
             raise CheckpointError(f"SAE format {format_name!r} is not known; expected one of {', '.join(FORMATS)}")
@@ -178,6 +179,8 @@ def _reader(folder: Path, format_name: str | None) -> ModuleType:
     found = [name for name, module in FORMATS.items() if module.detect(folder)]
     if len(found) > 1:
         raise CheckpointError(f"{folder} may be {' or '.join(found)}; say which with saes[].format")
+    if not found and place.file is not None and place.file.suffix == ".pt":
+        read_torch(place.file)  # raises if that is what is wrong
     if not found:
         raise CheckpointError(
             f"{folder} is not an SAE checkpoint of a known format ({', '.join(FORMATS)}); it has "

@@ -10,9 +10,7 @@ is negative counts as silent and stays in the part of the activation that the SA
 import contextlib
 import json
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from logging import getLogger
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from pipeline.compute.sae import Gate, Gated, Relu, SparseAutoencoder, TopK
 from pipeline.errors import ArgumentError, CheckpointError, ConfigError
+from pipeline.io.checkpoints.files import read_torch
 from pipeline.types import HookPoint
 
 _BEST = "best_model.pt"
@@ -49,10 +48,10 @@ def detect(folder: Path) -> bool:
     """
     best = folder / _BEST
     if best.is_file():
-        return _is_ours(_load(best))
+        return _is_ours(read_torch(best))
     for file in sorted(folder.glob("*.pt")):
         with contextlib.suppress(CheckpointError):
-            if not file.name.endswith(_OTHERS) and _is_ours(_load(file)):
+            if not file.name.endswith(_OTHERS) and _is_ours(read_torch(file)):
                 return True
     return False
 
@@ -133,7 +132,7 @@ def save_sae(sae: SparseAutoencoder, config: Mapping[str, Any], save_path: str |
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         torch.save({"sae_state_dict": tensors, "config": json.loads(body), "metadata": metadata}, draft)
-        _load(draft)
+        read_torch(draft)
         draft.replace(path)
     except CheckpointError as error:
         raise ArgumentError(f"metadata {', '.join(metadata)} must be tensors and plain values: {error}") from error
@@ -221,7 +220,7 @@ def _open(path: Path) -> _File | None:
     Raises:
         CheckpointError: if it is not one of this format, or its config does not fit it.
     """
-    checkpoint = _load(path)
+    checkpoint = read_torch(path)
     if not _is_ours(checkpoint):
         has = ", ".join(map(str, list(checkpoint)[:8])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise CheckpointError(f"{path} is no nanochat SAE: expected a dict with sae_state_dict, it has {has}")
@@ -239,16 +238,6 @@ def _open(path: Path) -> _File | None:
 
 def _is_ours(checkpoint: Any) -> bool:
     return isinstance(checkpoint, dict) and isinstance(checkpoint.get("sae_state_dict"), dict)
-
-
-def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as plain tensors and values ({str(error).strip().splitlines()[0]}); files with "
-            "pickled objects are refused, because loading them would run their code"
-        ) from error
 
 
 def _checked_config(path: Path, config: Any) -> dict[str, Any]:
