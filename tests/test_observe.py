@@ -277,9 +277,8 @@ def test_nothing_that_steers_can_be_reached_by_imports():
     graph = grimp.build_graph("pipeline")
     assert "pipeline.io.hooks" in graph.find_upstream_modules("pipeline.flows.observe")
     assert what_steers(graph) == set()
-    graph.add_module("pipeline.flows.steer")
     graph.add_import(importer="pipeline.io.hooks", imported="pipeline.flows.steer")
-    assert what_steers(graph) == {"pipeline.flows.steer"}
+    assert "pipeline.flows.steer" in what_steers(graph)
 
 
 def test_observing_needs_neither_transformers_nor_what_steers():

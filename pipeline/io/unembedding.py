@@ -14,6 +14,7 @@ from pipeline.types import HookPoint, Stream
 
 FINAL_NORMS: dict[str, str] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3", "gemma3_text"), "norm"),
+    **dict.fromkeys(("qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text"), "norm"),
     "gpt2": "ln_f",
     "gpt_neox": "final_layer_norm",
     "phi": "final_layernorm",
@@ -44,6 +45,8 @@ def read_unembedding(inner: Any, num_tokens: int) -> Unembedding:
         ConfigError: if the family is not known or the model has no head.
     """
     family, base, blocks = _parts(inner)
+    if family not in FINAL_NORMS:
+        raise ConfigError(f"direct logits of {family} models are not known; expected one of {', '.join(FINAL_NORMS)}")
     home = next(name for name, module in base.named_modules() if module is blocks).rpartition(".")[0]
     head = inner.get_output_embeddings()
     if not isinstance(getattr(head, "weight", None), Tensor):
@@ -86,8 +89,8 @@ def _norm(module: Any, family: str) -> FinalNorm:
     weight = module.weight.detach().float()
     if isinstance(module, nn.LayerNorm):
         return FinalNorm(kind="layer_norm", gain=weight, bias=module.bias.detach().float(), eps=module.eps)
-    # Gemma stores the gain less 1, and multiplies by 1 + weight in float32.
-    gain = 1 + weight if family.startswith("gemma") else weight
+    # Gemma and Qwen 3.5 store the gain less 1, and multiply by 1 + weight in float32.
+    gain = 1 + weight if family.startswith(("gemma", "qwen3_5")) else weight
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return FinalNorm(kind="rms_norm", gain=gain, eps=eps)
 
