@@ -75,6 +75,13 @@ def block_of(module: nn.Module, taps: Mapping[Stream, Tap], num_heads: int, num_
     Raises:
         ConfigError: if a part that every known family has is missing.
     """
+    needed: tuple[Stream, ...] = ("attn_z", "attn_out", "mlp_post", "mlp_out")
+    missing = [stream for stream in needed if stream not in taps]
+    if missing:
+        raise ConfigError(
+            f"models without {missing[0]} (mixtures of experts, linear attention) cannot be traced; expected a family "
+            "whose blocks have one attention of heads and one MLP"
+        )
     z, attn_out, mlp_post, mlp_out = (taps[stream].path for stream in ("attn_z", "attn_out", "mlp_post", "mlp_out"))
     attention_path, mlp_path = z.rpartition(".")[0], mlp_post.rpartition(".")[0]
     attention, w_out = module.get_submodule(attention_path), module.get_submodule(z)
