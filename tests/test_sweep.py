@@ -147,3 +147,18 @@ def test_alarms_have_an_exit_code_and_a_line_for_a_webhook(
     said = json.loads(capsys.readouterr().out)
     assert said["text"].startswith("SAE Census: mine drifted: rank_correlation is ")
     assert said["entry"] == "mine"
+
+
+def test_a_file_describes_the_sweep_and_the_command_line_goes_before_it(
+    tmp_path: Path, weekly: Callable[..., SweepConfig]
+) -> None:
+    whole = weekly(mine={"every": "1w"}, other={"every": "1w"}).model_dump(mode="json", exclude={"file"})
+    file = tmp_path / "weekly.yaml"
+    file.write_text(json.dumps(whole))  # JSON is YAML
+    runs = sweep(SweepConfig(file=str(file), only=("other",)), MONDAY, lambda line: None)
+    assert [(run.entry, run.status) for run in runs] == [("other", "done")]
+    file.write_text("entries: {mine: {every: never}}")
+    with pytest.raises(ConfigError, match=r"weekly\.yaml: entries\.mine"):
+        sweep(SweepConfig(file=str(file)), MONDAY, lambda line: None)
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        sweep(SweepConfig(file=str(tmp_path / "missing.yaml")), MONDAY, lambda line: None)

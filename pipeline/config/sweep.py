@@ -77,6 +77,8 @@ class EntryConfig(Section):
 class SweepConfig(Section):
     """`jobs.sweep`: one tick; what is due runs."""
 
+    file: str | None = None
+    """A YAML file with the keys below; what the command line says goes before it."""
     store: StoreConfig = StoreConfig()
     """Of the ledger and of all entries."""
     defaults: dict[str, Any] = Field(default={})
@@ -94,6 +96,6 @@ class SweepConfig(Section):
         if bad:
             raise ValueError(f"entry {bad[0]!r}: expected a name of letters, digits, dots, dashes")
         missing = [name for name in self.only if name not in self.entries]
-        if missing:
+        if missing and self.file is None:
             raise ValueError(f"only names {missing[0]!r}; there are {', '.join(self.entries) or 'no entries'}")
         return self

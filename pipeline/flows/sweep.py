@@ -7,9 +7,11 @@ a failed run does not count, so the next tick tries again. Entries of one store 
 import math
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from pydantic import ValidationError
 
 from pipeline.compute import due
@@ -43,7 +45,7 @@ def sweep(config: SweepConfig, now: datetime | None = None, say: Callable[[str],
     Raises:
         ConfigError: if an entry's config is wrong; then none runs.
     """
-    now = now or datetime.now(UTC)
+    now, config = now or datetime.now(UTC), _with_file(config)
     configs = {name: _config(config, name) for name in config.entries}
     ledger = Ledger(LocalBlobs(config.store.root))
     runs = []
@@ -62,6 +64,25 @@ def sweep(config: SweepConfig, now: datetime | None = None, say: Callable[[str],
         for alert in run.alerts:
             say(f"{name}: ALERT {alert}")
     return runs
+
+
+def _with_file(config: SweepConfig) -> SweepConfig:
+    """The sweep that the config's file describes, under the keys that were set beside it."""
+    if config.file is None:
+        return config
+    try:
+        content = yaml.safe_load(Path(config.file).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"the sweep {config.file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    plain = SweepConfig()
+    keys = [name for name in SweepConfig.model_fields if name != "file"]
+    said = {name: getattr(config, name) for name in keys if getattr(config, name) != getattr(plain, name)}
+    try:
+        return SweepConfig.model_validate((content if isinstance(content, dict) else {"entries": content}) | said)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{config.file}: {where} is {first['input']!r:.80}: {first['msg']}") from error
 
 
 def _config(config: SweepConfig, name: str) -> AnalyzeConfig:
