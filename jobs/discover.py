@@ -23,6 +23,7 @@ from pipeline.io import answers
 from pipeline.steps.sae_map import saes_named
 
 _LISTS = {"layers": int, "streams": str, "restrict_features": int}
+_LABEL_WIDTH = 26
 _OURS = {"sae_id", "model_id", "tau"}
 
 
@@ -115,7 +116,7 @@ def show(answer: Discovery) -> None:
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
     labelled = any(feature.proto_label for feature in answer.features)
     if labelled:
-        table.add_column("label", max_width=32)
+        table.add_column("label", no_wrap=True, width=_LABEL_WIDTH)
     table.add_column("strongest span", no_wrap=True)
     for feature in answer.features:
         cells = [f"{feature.rank}", f"{feature.layer}/{feature.stream}/{feature.feature_id}", f"{feature.score:.4g}"]
@@ -125,7 +126,9 @@ def show(answer: Discovery) -> None:
         if labelled:
             cells.append(printable(feature.proto_label or ""))
         spans = feature.top_spans[:1]
-        text = marked(spans[0].tokens, spans[0].peak - spans[0].position[0], 50) if spans else Text()
+        text = (
+            marked(spans[0].tokens, spans[0].peak - spans[0].position[0], 22 if labelled else 50) if spans else Text()
+        )
         table.add_row(*map(Text, cells), text)
     screen.print(table)
     if analyzed.tokens_generated:
