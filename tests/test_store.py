@@ -354,7 +354,7 @@ SCHEMAS = {
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_tables_have_the_columns_that_the_design_binds(name: str) -> None:
-    schema = getattr(tables, name)
+    schema = getattr(schemas, name)
     found = ", ".join(f"{field.name}: {field.type}" for field in schema)
     assert found.replace("element: ", "").replace("item: ", "") == SCHEMAS[name]
 
