@@ -40,7 +40,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    for name in ("feature", "spans", "loss, nats a token", "beyond control", "logits, nats", "beyond control"):
+    for name in ("feature", "spans", "loss, nats a token", "beyond control", "logits", "beyond control"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         changes = (_interval(row, name) for name in ("loss", "excess_loss", "logit", "excess_logit"))
@@ -49,8 +49,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _interval(row: dict[str, Any], name: str) -> str:
-    mean, low, high = (row[f"{name}_change{end}"] for end in ("", "_low", "_high"))
-    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+    mean, high = row[f"{name}_change"], row[f"{name}_change_high"]
+    return f"{mean:+.2f} ± {high - mean:.2f}"
 
 
 if __name__ == "__main__":

@@ -401,8 +401,8 @@ def done(base: dict[str, Any]) -> ablate_flow.Ablations:
 
 def literal_ablation(
     catalog: Catalog, sae: SparseAutoencoder, model: Any, span: dict[str, Any], hook_point: str, feature: int
-) -> tuple[float, Tensor, float]:
-    """Change of loss after the peak, of all logits at it, and the code there: two plain forwards over a context."""
+) -> tuple[float, Tensor, Tensor, float]:
+    """Change of loss after the peak, of logits and probabilities at it, and the code there: two plain forwards."""
     shards = root_of(catalog) / "corpora" / catalog.manifest["preparation_id"] / "shards"
     ids = pq.read_table(shards / f"{span['shard_id']}.parquet")["input_ids"].to_pylist()[span["context_id"]]
     ids = torch.tensor([ids])  # the whole context: what comes after the span must not matter
@@ -425,8 +425,9 @@ def literal_ablation(
     for logits in (before, after):
         at = range(span["position"], span["stop"] - 1)
         losses.append(np.mean([-float(logits[i].log_softmax(0)[ids[0, i + 1]]) for i in at]) if at else np.nan)
-    change = after[span["position"]] - before[span["position"]]
-    return losses[1] - losses[0], change - change.mean(), code[0]
+    ends = before[span["position"]], after[span["position"]]
+    change = ends[1] - ends[0]
+    return losses[1] - losses[0], change - change.mean(), ends[1].softmax(0) - ends[0].softmax(0), code[0]
 
 
 def test_ablation_is_two_plain_forwards_a_span(
@@ -453,7 +454,7 @@ def test_ablation_is_two_plain_forwards_a_span(
             got = (row["loss_change_low"], row["loss_change_high"])
             assert got == pytest.approx((low, high), rel=1e-3, abs=1e-4)
         change = torch.stack([one[1] for one in found])
-        chosen = change[0::2].mean(dim=0).argsort()[:5]
+        chosen = torch.stack([one[2] for one in found])[0::2].mean(dim=0).argsort()[:5]
         assert set(row["token_ids"]) == set(chosen.tolist())
         assert row["logit_spans"] == len(change[1::2])
         assert row["logit_change"] == pytest.approx(float(change[1::2, chosen].mean()), rel=1e-3, abs=1e-4)

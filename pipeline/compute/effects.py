@@ -55,7 +55,7 @@ def centred(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
 
 
 def most_lowered(change: Float[Tensor, "N V"], num: int) -> Int64[Tensor, " n"]:
-    """The tokens whose logit falls most on average, first the one that falls most; ties go to the lowest id.
+    """The tokens whose value falls most on average, first the one that falls most; ties go to the lowest id.
 
     `n` is the smaller of `num` and V.
     """

@@ -34,8 +34,8 @@ class AblateConfig(Section):
     spans: int = Field(default=20, ge=2)
     """At most so many spans of a feature, by rank."""
     top_tokens: Literal["measured", "catalog"] = "measured"
-    """Whose logits are followed. measured: the tokens that zeroing lowers most on the even spans, followed on
-    the odd ones; catalog: the positive tokens of its logits.parquet."""
+    """Whose logits are followed. measured: the tokens that zeroing makes less likely on the even spans, followed
+    on the odd ones; catalog: the positive tokens of its logits.parquet."""
     num_tokens: PositiveInt = 5
     """How many of them."""
     confidence: float = Field(default=0.95, gt=0, lt=1)

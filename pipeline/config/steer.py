@@ -46,10 +46,11 @@ class SteerConfig(Section):
     model: ModelConfig = ModelConfig()
     saes: tuple[SaeConfig, ...] = EMBEDDED_SAES
     """At most one for a hook point."""
-    prompt: str = "The old man opened the door and"
+    prompt: str = "class Circle:\n    def __init__(self, r):\n        self.r = r\n\n    @"
     edits: tuple[EditConfig, ...] = (
-        EditConfig(hook_point="blocks.15.hook_resid_post", feature=558, mode="add", value=60),
+        EditConfig(hook_point="blocks.15.hook_resid_post", feature=654, mode="scale", value=0),
     )
+    """Of the embedded SAE this one fires on the @ of a decorator."""
     error_term: Literal["keep", "drop"] = "keep"
     """drop: activations become the SAE's reconstruction, which changes the text by itself."""
     generate: GenerateConfig = GenerateConfig()
@@ -67,5 +68,5 @@ class SteerConfig(Section):
     @classmethod
     def _some(cls, edits: tuple[EditConfig, ...]) -> tuple[EditConfig, ...]:
         if not edits:
-            raise ValueError("expected at least one edit, as {feature: 558, mode: add, value: 60}")
+            raise ValueError("expected at least one edit, as {feature: 654, mode: scale, value: 0}")
         return edits

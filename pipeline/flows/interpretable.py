@@ -126,7 +126,10 @@ class InterpretableModel(nn.Module):
             name = str(hook_point)
             if name not in self.saes:
                 raise ArgumentError(f"No SAE for hook point: {name}")
-            edits[name] = read_edits(given, self.saes[name].num_features)
+            try:
+                edits[name] = read_edits(given, self.saes[name].num_features)
+            except ArgumentError as error:
+                raise ArgumentError(f"steering at {name}: {error}") from error
         frame = Steering(edits, error_term, dict.fromkeys(edits, SteeredPositions(0, 0)))
         with self._attachment.inside(frame):
             yield self
@@ -161,6 +164,9 @@ class InterpretableModel(nn.Module):
 
     @overload
     def get_active_features(self, hook_point: str | None = None, top_k: None = None) -> dict[str, Tensor]: ...
+
+    @overload
+    def get_active_features(self, hook_point: str | None, top_k: int) -> dict[str, TopFeatures]: ...
 
     @overload
     def get_active_features(self, hook_point: str | None = None, *, top_k: int) -> dict[str, TopFeatures]: ...

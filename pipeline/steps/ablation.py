@@ -52,7 +52,8 @@ class AblationTask:
     spans: tuple[SpanAddress, ...]
     """At least one."""
     token_ids: tuple[int, ...] | None
-    """Whose logits are followed; None: chosen on the spans with even index, followed on the others."""
+    """Whose logits are followed; None: those that become least likely on the spans with even index, followed on
+    the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,9 @@ class _Measured:
     loss: Float[Tensor, "2 n"]
     """Of the ablation and of the control; NaN for spans that end with their peak."""
     logits: Float[Tensor, "2 n V"]
+    """Change at the peak, centred; of the ablation and of the control."""
+    chances: Float[Tensor, "n V"]
+    """Change of the probability of each next token at the peak by the ablation."""
 
 
 class Ablator:
@@ -117,7 +121,8 @@ class Ablator:
         if not torch.isfinite(logits).all():
             raise CensusError(f"zeroing feature {task.feature_id} of {task.site} makes predictions NaN or infinite")
         if task.token_ids is None:
-            token_ids, logits = most_lowered(logits[0, 0::2], self._num_tokens), logits[:, 1::2]
+            chances = torch.cat([part.chances for part in parts])[back]
+            token_ids, logits = most_lowered(chances[0::2], self._num_tokens), logits[:, 1::2]
         else:
             token_ids = torch.tensor(task.token_ids)
         followed = logits[:, :, token_ids].mean(dim=2).double().numpy()
@@ -168,6 +173,7 @@ class Ablator:
             codes=codes,
             loss=torch.stack([loss - before[0] for loss, _ in after]),
             logits=torch.stack([logits - before[1] for _, logits in after]),
+            chances=after[0][1].softmax(dim=1) - before[1].softmax(dim=1),
         )
 
     def _predict(

@@ -37,7 +37,7 @@ class _File(NamedTuple):
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     config_path: Path | None
-    """None: it stands in the file itself."""
+    """None: the config is in the file itself."""
 
 
 def detect(folder: Path) -> bool:
@@ -146,9 +146,7 @@ def _state(sae: SparseAutoencoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     facts: dict[str, Any] = {"d_in": sae.width, "d_sae": sae.num_features}
     if sae.transform != "none":
         raise ArgumentError(f"the SAE normalises its input ({sae.transform}), which this format cannot say")
-    b_enc, w_enc = sae.b_enc, sae.w_enc
-    shift = torch.zeros_like(b_enc) if sae.pre_bias is None else sae.pre_bias @ w_enc
-    more = {}
+    tensors = {"W_enc": sae.w_enc, "b_enc": sae.b_enc, "W_dec": sae.w_dec, "b_dec": sae.b_dec}
     match sae.gate:
         case TopK(k):
             facts |= {"activation": "topk", "k": k}
@@ -156,13 +154,13 @@ def _state(sae: SparseAutoencoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
             facts |= {"activation": "relu"}
         case Gated(b_gate, b_mag, r_mag, w_gate):
             facts |= {"activation": "gated"}
-            w_gate = w_enc if w_gate is None else w_gate
-            gate_shift = torch.zeros_like(b_gate) if sae.pre_bias is None else sae.pre_bias @ w_gate
-            more = {"W_gate": w_gate, "b_gate": b_gate - gate_shift}
-            w_enc, b_enc, shift = w_enc * r_mag.exp(), b_mag, shift * r_mag.exp()
+            tensors |= {"W_gate": sae.w_enc if w_gate is None else w_gate, "b_gate": b_gate}
+            tensors |= {"W_enc": sae.w_enc * r_mag.exp(), "b_enc": b_mag}
         case _:
             raise ArgumentError(f"a {type(sae.gate).__name__} gate has no name in this format; it has {_ACTIVATIONS}")
-    tensors = {"W_enc": w_enc, "b_enc": b_enc - shift, "W_dec": sae.w_dec, "b_dec": sae.b_dec} | more
+    if sae.pre_bias is not None:
+        for kind in ("enc", "gate") if "W_gate" in tensors else ("enc",):
+            tensors[f"b_{kind}"] = tensors[f"b_{kind}"] - sae.pre_bias @ tensors[f"W_{kind}"]
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, facts
 
 
