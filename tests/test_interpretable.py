@@ -340,6 +340,21 @@ def test_cached_generation_gives_the_codes_of_the_whole_text(model: Interpretabl
         torch.testing.assert_close(inside[name].to_dense(), whole.to_dense(), rtol=1e-3, atol=1e-3)
 
 
+def test_generation_is_steered_and_tracked_at_once_with_a_cache_and_without(model: InterpretableModel) -> None:
+    how = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 6, "do_sample": False}
+    plain, found = model.generate(IDS, **how), {}
+    for use_cache in (True, False):
+        with model.steering_enabled({MID: (3, 20, "set")}), model.interpretation_enabled(when="after"):
+            text = model.generate(IDS, use_cache=use_cache, **how)
+        found[use_cache] = (text, model.get_active_features()[MID].to_dense())
+        assert model.get_steered_positions()[MID].touched == 2 * (12 if use_cache else sum(range(7, 13)))
+    assert torch.equal(found[True][0], found[False][0])
+    torch.testing.assert_close(found[True][1], found[False][1], rtol=1e-3, atol=1e-3)
+    assert (found[True][1][:, :, 3] > 15).all()
+    assert not torch.equal(found[True][0], plain)
+    assert torch.equal(model.generate(IDS, **how), plain)
+
+
 def test_a_forward_without_a_cache_replaces_and_one_with_it_extends_or_rewinds(model: InterpretableModel) -> None:
     cache = DynamicCache()
     with model.interpretation_enabled():

@@ -550,7 +550,7 @@ def test_the_job_prints_intervals_and_names_what_it_skips(run: Run, catalog: Cat
     root = shutil.copytree(root_of(catalog), tmp_path / "other")
     manifest = root / "catalogs" / "mine" / "000001" / "manifest.json"
     made = json.loads(manifest.read_text())
-    for where, sentence in (("model", "is no longer the one that catalog mine was made with"), ("saes", "SAE blocks.")):
+    for where, sentence in (("model", "is no longer what catalog mine was made with"), ("saes", "SAE blocks.")):
         spoilt = json.loads(json.dumps(made))
         known = spoilt["identity"]["measure"][where]
         known["digest" if where == "model" else next(iter(known))] = "0"

@@ -94,13 +94,14 @@ def _settings(config: AblateConfig, catalog: Catalog) -> AnalyzeConfig:
     how = AnalyzeConfig.model_validate(made["config"] | now)
     known = made["identity"]["measure"]
     facts = model_facts(how.model.id, how.model.revision, trust_remote_code=how.model.trust_remote_code)
-    if facts.digest != known["model"]["digest"]:
+    changed = [f"model {how.model.id}"] if facts.digest != known["model"]["digest"] else []
+    saes = load_saes(how.saes).items()
+    changed += [f"SAE {site}" for site, loaded in saes if loaded.digest != known["saes"].get(str(site))]
+    if changed:
         raise IdentityError(
-            f"model {how.model.id} is no longer the one that catalog {config.catalog.name} was made with"
+            f"{', '.join(changed)} is no longer what catalog {config.catalog.name} was made with; bring it back, or "
+            "make a catalog of what there is now"
         )
-    for site, loaded in load_saes(how.saes).items():
-        if loaded.digest != known["saes"].get(str(site)):
-            raise IdentityError(f"SAE {site} is no longer the one that catalog {config.catalog.name} was made with")
     return how
 
 
