@@ -9,7 +9,6 @@ from typing import Any
 
 import duckdb
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -23,11 +22,12 @@ from jobs import _main, ablate, steer
 from pipeline.compute import effects
 from pipeline.compute.edits import Edit, edit
 from pipeline.compute.sae import Gated, SparseAutoencoder
-from pipeline.config import AblateConfig, SteerConfig
+from pipeline.config import AblateConfig, AttributeConfig, SteerConfig
 from pipeline.errors import ArgumentError, ConfigError
 from pipeline.flows import ablate as ablate_flow
 from pipeline.flows import steer as steer_flow
 from pipeline.flows.analyze import analyze
+from pipeline.flows.attribute import attribute
 from pipeline.flows.catalog import Catalog
 from pipeline.steps import ablation
 
@@ -516,36 +516,38 @@ def test_the_tokens_of_the_catalog_are_followed_on_demand(
     base: dict[str, Any], catalog: Catalog, tmp_path: Path
 ) -> None:
     root = shutil.copytree(root_of(catalog), tmp_path / "runs")
-    named = [{"hook_point": LATE, "sae": "late", "feature_id": int(catalog.best(1, LATE)["feature_id"][0].as_py())}]
-    config = AblateConfig(**base | {"store": {"root": str(root)}, "features": named, "top_tokens": "catalog"})
-    with pytest.raises(ConfigError, match=r"has no positive tokens of feature \d+ in logits\.parquet"):
+    feature = int(catalog.best(1, LATE)["feature_id"][0].as_py())
+    named = {"sae": "late", "features": [feature], "top_tokens": "catalog", "num_tokens": 3}
+    config = AblateConfig(**base | named | {"store": {"root": str(root)}})
+    with pytest.raises(ConfigError, match=r"of catalog 'mine' has no logits; run jobs\.attribute"):
         ablate_flow.ablate(config)
-    key = {name: [value] * 3 for name, value in named[0].items()}
-    rows = {"sign": ["negative", "positive", "positive"], "rank": [0, 1, 0], "token_id": [5, 8, 17]}
-    pq.write_table(pa.table(key | rows), root / "catalogs" / "mine" / "000001" / "logits.parquet")
+    attribute(AttributeConfig(**{name: base[name] for name in ("catalog", "cluster")}, store=config.store))
+    rows = Catalog(root, "mine").logits(LATE, "late", feature).to_pylist()
+    best = sorted((row for row in rows if row["sign"] == "positive"), key=lambda row: row["rank"])[:3]
     (row,) = ablate_flow.ablate(config).table.to_pylist()
-    assert row["token_ids"] == [17, 8]
+    assert row["token_ids"] == [one["token_id"] for one in best]
     assert row["logit_spans"] == row["spans"]
 
 
 @hydra_leaks
 def test_the_job_prints_intervals_and_names_what_it_skips(run: Run, catalog: Catalog, tmp_path: Path) -> None:
     base = [f"store.root={root_of(catalog)}", "catalog.name=mine", "cluster.threads_per_worker=1", "contexts=3"]
-    dead = f"{{hook_point: {LATE}, sae: late, feature_id: 5}}"
-    best = f"{{hook_point: {LATE}, sae: late, feature_id: {catalog.best(1, LATE)['feature_id'][0].as_py()}}}"
-    code, out, err = run("ablate", *base, f"features=[{dead},{best}]", "group=top", "spans=4")
+    best = catalog.best(1, LATE)["feature_id"][0].as_py()
+    code, out, err = run("ablate", *base, "sae=late", f"features=[5,{best}]", "group=top", "spans=4")
     assert code == 0, err
     assert "zeroed on top spans" in out
     assert "ablations/000001-" in out
     assert f"skipped   feature 5 of {LATE}/late has no top spans" in err
     for override, sentence in (
-        (f"features=[{dead}]", f"no feature could be ablated: feature 5 of {LATE}/late has no random spans"),
-        (f"features=[{best.replace('late,', 'none,')}]", "features[]: no feature"),
+        ("features=[5]", f"no feature could be ablated: feature 5 of {LATE}/late has no random spans"),
+        ("features=[96]", "features names 96, but late has features 0 to 95"),
+        ("features=[-1]", "features.0 is -1"),
+        ("sae=none", "sae=none fits no SAE of catalog 'mine'"),
         ("group=best", "group is best; expected one of top, random, band_0"),
         ("group=non_activating", "group is non_activating; expected one of"),
         ("catalog.name=yours", "there is no catalog 'yours'"),
     ):
-        code, _, err = run("ablate", *base, override)
+        code, _, err = run("ablate", *base, "sae=late", override)
         assert (code, sentence in err) == (2, True), err
     root = shutil.copytree(root_of(catalog), tmp_path / "other")
     manifest = root / "catalogs" / "mine" / "000001" / "manifest.json"

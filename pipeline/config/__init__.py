@@ -1,6 +1,6 @@
 """The whole config of every job as frozen values; the same models validate commands, YAML and HTTP bodies."""
 
-from pipeline.config.ablate import AblateConfig, FeatureRef
+from pipeline.config.ablate import AblateConfig
 from pipeline.config.analyze import AnalyzeConfig, VerifyConfig
 from pipeline.config.analyzer import FeatureAnalyzerConfig
 from pipeline.config.attribute import AttributeConfig, DirectLogitAttributorConfig
@@ -39,7 +39,6 @@ __all__ = [
     "DiscoveryConfig",
     "EditConfig",
     "FeatureAnalyzerConfig",
-    "FeatureRef",
     "GenerateConfig",
     "LogitsConfig",
     "MasksConfig",

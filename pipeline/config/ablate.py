@@ -2,20 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pipeline.config.sections import CatalogConfig, ClusterConfig, Section, StoreConfig
-
-
-class FeatureRef(Section):
-    """One feature of a catalog."""
-
-    hook_point: str
-    """As blocks.15.hook_resid_post."""
-    sae: str
-    """Its name in the catalog."""
-    feature_id: int = Field(ge=0)
-    """In that SAE."""
 
 
 class AblateConfig(Section):
@@ -25,10 +14,14 @@ class AblateConfig(Section):
     catalog: CatalogConfig = CatalogConfig()
     snapshot: PositiveInt | None = None
     """null: the newest."""
-    features: tuple[FeatureRef, ...] = ()
-    """Which; none means the best ranked of every SAE."""
+    hook_point: str | None = None
+    """Only SAEs at this hook point."""
+    sae: str | None = None
+    """Only the SAE of this name."""
+    features: tuple[NonNegativeInt, ...] = ()
+    """Feature ids of one SAE; without any, the best ranked of every SAE."""
     best: PositiveInt = 5
-    """How many of every SAE, where no features are named."""
+    """How many of those, if no features are named."""
     group: str = "random"
     """The spans to sample from: random speaks of a typical firing, top of the strongest."""
     spans: int = Field(default=20, ge=2)

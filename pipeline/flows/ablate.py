@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.compute.effects import mean_interval
-from pipeline.config import AblateConfig, AnalyzeConfig, FeatureRef
+from pipeline.config import AblateConfig, AnalyzeConfig
 from pipeline.errors import ConfigError, IdentityError
 from pipeline.flows.catalog import Catalog
+from pipeline.flows.choice import chosen_features
 from pipeline.io import schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.model import Tokenizer, choose_device, model_facts
@@ -115,47 +116,30 @@ def _tasks(
             f"group is {config.group}; expected one of {', '.join(g for g in groups if g != 'non_activating')}"
         )
     tasks, values, skipped = [], {}, []
-    for ref in sorted(set(_features(config, catalog)), key=lambda r: (r.hook_point, r.sae, r.feature_id)):
-        try:
-            catalog.feature(ref.hook_point, ref.sae, ref.feature_id)
-        except KeyError as error:
-            raise ConfigError(f"features[]: {error.args[0]}") from error
-        spans = catalog.spans(ref.hook_point, ref.sae, ref.feature_id, [config.group])
-        found = sorted(spans.to_pylist(), key=lambda span: int(span["sample_rank"]))[: config.spans]
+    for key in sorted(set(chosen_features(config, catalog))):
+        hook_point, sae, feature_id = key
+        spans = catalog.spans(*key, [config.group]).to_pylist()
+        found = sorted(spans, key=lambda span: int(span["sample_rank"]))[: config.spans]
         if not found:
-            skipped.append(f"feature {ref.feature_id} of {ref.hook_point}/{ref.sae} has no {config.group} spans")
+            skipped.append(f"feature {feature_id} of {hook_point}/{sae} has no {config.group} spans")
             continue
         task = AblationTask(
-            site=SiteKey(HookPoint.parse(ref.hook_point), ref.sae),
-            feature_id=ref.feature_id,
+            site=SiteKey(HookPoint.parse(hook_point), sae),
+            feature_id=feature_id,
             spans=tuple(_address(span) for span in found),
-            token_ids=_top_tokens(config, catalog, ref) if config.top_tokens == "catalog" else None,
+            token_ids=_top_tokens(config, catalog, key) if config.top_tokens == "catalog" else None,
         )
         tasks.append(task)
         values[task] = [float(span["value"]) for span in found]
     return tasks, values, skipped
 
 
-def _features(config: AblateConfig, catalog: Catalog) -> Sequence[FeatureRef]:
-    if config.features:
-        return config.features
-    rows = catalog.best(config.best).to_pylist()
-    return [FeatureRef(**{name: row[name] for name in FeatureRef.model_fields}) for row in rows]
-
-
 def _address(span: dict[str, Any]) -> SpanAddress:
     return SpanAddress(**{name: span[name] for name in SpanAddress.__dataclass_fields__})
 
 
-def _top_tokens(config: AblateConfig, catalog: Catalog, ref: FeatureRef) -> tuple[int, ...]:
-    path = catalog.folder / "logits.parquet"
-    key = [("hook_point", "=", ref.hook_point), ("sae", "=", ref.sae), ("feature_id", "=", ref.feature_id)]
-    rows = tables.read(path, filters=[*key, ("sign", "=", "positive")]).to_pylist() if path.exists() else []
-    if not rows:
-        raise ConfigError(
-            f"catalog {config.catalog.name} has no positive tokens of feature {ref.feature_id} in logits.parquet; "
-            "use top_tokens=measured"
-        )
+def _top_tokens(config: AblateConfig, catalog: Catalog, key: tuple[str, str, int]) -> tuple[int, ...]:
+    rows = [row for row in catalog.logits(*key).to_pylist() if row["sign"] == "positive"]
     rows.sort(key=lambda row: int(row["rank"]))
     return tuple(int(row["token_id"]) for row in rows[: config.num_tokens])
 

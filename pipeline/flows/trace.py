@@ -7,7 +7,6 @@ on Ray if asked to, and attaches the result to the catalog.
 import hashlib
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from pipeline.compute.linear import Split
 from pipeline.config import AnalyzeConfig, ModelConfig, TraceConfig
 from pipeline.errors import CensusError, ConfigError, IdentityError
 from pipeline.flows.catalog import Catalog
+from pipeline.flows.choice import chosen_features
 from pipeline.flows.origins import Origins, chapter, origins
 from pipeline.io import report, schemas, tables
 from pipeline.io.blobs import LocalBlobs
@@ -155,7 +155,7 @@ def _spans(config: TraceConfig, catalog: Catalog) -> tuple[list[SpanProbe], int]
         raise ConfigError(f"group is {config.group!r}; catalog {config.catalog.name!r} has {', '.join(groups)}")
     spans: list[SpanProbe] = []
     without = 0
-    for hook_point, sae, feature_id in _features(config, catalog):
+    for hook_point, sae, feature_id in chosen_features(config, catalog):
         rows = catalog.spans(hook_point, sae, feature_id, [config.group]).slice(0, config.spans).to_pylist()
         without += not rows
         site = SiteKey(HookPoint.parse(hook_point), sae)
@@ -164,33 +164,6 @@ def _spans(config: TraceConfig, catalog: Catalog) -> tuple[list[SpanProbe], int]
     if not spans:
         raise ConfigError(f"none of the {without} chosen features has a span in the group {config.group}")
     return spans, without
-
-
-def _features(config: TraceConfig, catalog: Catalog) -> list[tuple[str, str, int]]:
-    """The keys of the features to trace."""
-    keys = zip(catalog.features["hook_point"].to_pylist(), catalog.features["sae"].to_pylist(), strict=True)
-    num_features = Counter(keys)
-    chosen = [
-        (hook_point, sae)
-        for hook_point, sae in num_features
-        if config.hook_point in (None, hook_point) and config.sae in (None, sae)
-    ]
-    known = ", ".join(f"{sae} at {hook_point}" for hook_point, sae in num_features)
-    if not chosen:
-        asked = {"hook_point": config.hook_point, "sae": config.sae}
-        what = ", ".join(f"{key}={value}" for key, value in asked.items() if value is not None)
-        raise ConfigError(f"{what} fits no SAE of catalog {config.catalog.name!r}; it has {known}")
-    if not config.features:
-        best = [catalog.best(config.best, *site).to_pylist() for site in chosen]
-        return [(row["hook_point"], row["sae"], row["feature_id"]) for rows in best for row in rows]
-    if len(chosen) > 1:
-        raise ConfigError(f"features names ids of one SAE, but the catalog has {known}; choose with sae and hook_point")
-    ((hook_point, sae),) = chosen
-    if max(config.features) >= num_features[hook_point, sae]:
-        raise ConfigError(
-            f"features names {max(config.features)}, but {sae} has features 0 to {num_features[hook_point, sae] - 1}"
-        )
-    return [(hook_point, sae, feature_id) for feature_id in config.features]
 
 
 def _settings(config: TraceConfig, catalog: Catalog, sites: set[SiteKey]) -> TraceSettings:
