@@ -13,7 +13,8 @@ from pipeline.flows.sides import Side
 from pipeline.steps.contrast import Columns, test_behind
 from pipeline.types import SiteKey
 
-_SPAN_WIDTH = 34
+_MARKS = 8
+"""Columns that the marks of a span's peak and the peak itself take, about."""
 
 
 def job(config: CompareConfig) -> int:
@@ -22,20 +23,24 @@ def job(config: CompareConfig) -> int:
     screen = console()
     for site in sorted(comparison.sites, key=lambda site: (site.hook_point, site.sae)):
         for side in ("a", "b"):
-            screen.print(best_table(comparison, config, site, side))
+            table = best_table(comparison, config, site, side, screen.width)
+            screen.print(table if table.rows else f"{table.title}: none for sure", highlight=False)
     screen.print(_summary(comparison, config), markup=False, highlight=False, soft_wrap=True)
     return _main.DONE
 
 
-def best_table(comparison: Comparison, config: CompareConfig, site: SiteKey, side: str) -> Table:
-    """The best ranked features of one direction with their strongest span on that side."""
+def best_table(comparison: Comparison, config: CompareConfig, site: SiteKey, side: str, width: int) -> Table:
+    """The best ranked features of one direction with their strongest span on that side, `width` columns wide."""
     columns, labels = comparison.sites[site], comparison.labels
     here, there = labels if side == "a" else labels[::-1]
     effect = config.rank_by.replace("_", " ")
     table = Table(title=f"{site.hook_point}  {site.sae}  more in {here} than in {there}", title_justify="left")
-    for name, width in (("rank", 4), ("feature", 7), (effect, 18), *((f"in {label}", 7) for label in labels), ("q", 5)):
-        table.add_column(name, justify="right", no_wrap=True, min_width=max(len(name), width))
-    table.add_column(f"strongest span in {here}", no_wrap=True)
+    for name, least in (("rank", 4), ("feature", 7), (effect, 20), *((f"in {label}", 7) for label in labels), ("q", 5)):
+        needed = max(len(name), least)
+        table.add_column(name, justify="right", no_wrap=True, min_width=needed)
+        width -= needed + 3
+    room = max(width - 4, 2 * _MARKS)
+    table.add_column("strongest span", no_wrap=True, max_width=room)
     for feature in comparison.summary["sites"][str(site)][f"best_{side}"]:
         table.add_row(
             f"{columns[f'rank_{side}'][feature]:.0f}",
@@ -43,7 +48,7 @@ def best_table(comparison: Comparison, config: CompareConfig, site: SiteKey, sid
             _effect(columns, config.rank_by, feature, 1 if side == "a" else -1),
             *(f"{100 * columns[f'frequency_{name}'][feature]:.3g}%" for name in "ab"),
             f"{columns[f'{test_behind(config.rank_by)}_q'][feature]:.0e}",
-            _strongest(comparison.a if side == "a" else comparison.b, site, feature),
+            _strongest(comparison.a if side == "a" else comparison.b, site, feature, room - _MARKS),
         )
     return table
 
@@ -55,10 +60,10 @@ def _effect(columns: Columns, by: str, feature: int, sign: int) -> str:
     return f"{sign * estimate:.3g} [{ends[0]:.3g}, {ends[1]:.3g}]".replace("inf", "∞")
 
 
-def _strongest(side: Side, site: SiteKey, feature: int) -> Text:
+def _strongest(side: Side, site: SiteKey, feature: int, width: int) -> Text:
     spans = side.catalog.spans(str(site.hook_point), site.sae, feature).to_pylist()
     mine = [span for span in spans if span["slice"] in side.slices and span["value"] > 0]
-    return highlighted(max(mine, key=lambda span: span["value"]), _SPAN_WIDTH) if mine else Text("(no span was kept)")
+    return highlighted(max(mine, key=lambda span: span["value"]), width) if mine else Text("(no span was kept)")
 
 
 def _summary(comparison: Comparison, config: CompareConfig) -> str:
@@ -94,6 +99,12 @@ def _drift(summary: dict[str, Any]) -> list[str]:
         known = None not in fvu.values()
         fit = f"fraction of variance unexplained {fvu['a']:.3f} -> {fvu['b']:.3f}, " if known else ""
         lines.append(f"fit       {site}: {fit}codes a token {l0['a']:.1f} -> {l0['b']:.1f}")
+        moved = report["histogram_distance"]
+        if moved["median"] is not None:
+            lines.append(
+                f"codes     {site}: the share of firing codes in other bins is {moved['median']:.1%} for half of the "
+                f"features, {moved['p95']:.1%} for 95 % of them"
+            )
         for name, ranking in report["rankings"].items():
             overlap = ", ".join(f"@{n} {share:.0%}" for n, share in ranking["overlap"].items())
             lines.append(

@@ -18,9 +18,9 @@ the weight z cannot become large, and the interval becomes the whole line.
 Each set has a variance of its own, because sets differ in the length and spread of their documents. But a set in
 which a feature fires in g documents, few or none, does not show its variance. So E is g / (g + 5) of the set's own
 and 5 / (g + 5) of what documents of both sets, were they alike, would give it: v ((1 - icc) N + icc sum(n²)) with the
-variance v of a token and the intra-class correlation of both sets. On documents of real text that were shuffled
-between two sets, 5.1 % of p-values are below 0.05 and 0.11 % below 0.001 even where one set has nine times as many
-documents; without the 5 documents, 6.9 % and 0.6 %.
+variance v of a token and the intra-class correlation of both sets. On contexts of real text, taken for documents
+and shuffled between two sets of which one is nine times as large, 4.8 % of p-values are below 0.05 and 0.09 % below
+0.001; without the 5 documents, 6.9 % and 0.6 %.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from scipy.stats import false_discovery_control, norm
 Column = Float64[np.ndarray, " F"]
 PRIOR_DOCUMENTS = 5
 """Weight of what both sets share in the variance of one."""
-_HALVINGS = 64
+_STEPS, _HALVINGS = 17, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,13 +255,18 @@ def log_odds(a: Sums, b: Sums, *, confidence: float, products: Products | None =
         return np.asarray(u**2 <= quantile * variance)
 
     def end(most: Column) -> Column:
-        """The log-odds where a move towards `most` stops to be allowed; infinite if it never does."""
-        inside, outside = np.zeros_like(most), most
+        """The log-odds where a move towards `most` first stops to be allowed; infinite if it never does."""
+        inside, outside = np.zeros_like(most), np.full_like(most, np.nan)
+        for step in np.linspace(0, 1, _STEPS)[1:]:
+            allowed, is_open = is_allowed(step * most), np.isnan(outside)
+            inside = np.where(is_open & allowed, step * most, inside)
+            outside = np.where(is_open & ~allowed, step * most, outside)
+        outside = np.where(np.isnan(outside), most, outside)
         for _ in range(_HALVINGS):
             middle = (inside + outside) / 2
             allowed = is_allowed(middle)
             inside, outside = np.where(allowed, middle, inside), np.where(allowed, outside, middle)
-        return difference(np.where(is_allowed(most), most, inside))
+        return difference(inside)
 
     low = end(np.minimum(a.value, num_b - b.value))
     high = end(-np.minimum(b.value, num_a - a.value))

@@ -24,7 +24,7 @@ from pipeline.steps.contrast import TESTED, Columns, Pairing, SiteSums
 from pipeline.types import SiteKey
 
 _OVERLAPS = (10, 100, 1000)
-_LABEL = 24
+_LABEL = 16
 _SETTINGS = {"prompts", "min_documents", "confidence", "false_discovery_rate", "rank_by"}
 
 
@@ -70,7 +70,7 @@ def compare(config: CompareConfig, say: Callable[[str], None] | None = None) -> 
     contrast.add_false_discovery_rates(list(sites.values()))
     for columns in sites.values():
         contrast.add_ranks(columns, config.rank_by)
-    labels = _labels(a, b)
+    labels = _labels(config, a, b)
     summary = {
         "kind": relation.kind,
         "labels": dict(zip("ab", labels, strict=True)),
@@ -82,7 +82,7 @@ def compare(config: CompareConfig, say: Callable[[str], None] | None = None) -> 
         "sites_left_out": list(relation.left_out),
         "tests": {name: sum(_num_tested(columns) for columns in sites.values()) for name in TESTED},
         "sites": {str(site): _verdict(config, columns) for site, columns in sites.items()},
-        "drift": {str(site): _drift(a, b, site, *both) for site, both in sums.items()} if is_drift else None,
+        "drift": {str(site): _drift(a, b, site, sums[site], sites[site]) for site in sites} if is_drift else None,
     }
     out = LocalBlobs(config.out)
     out.put(
@@ -104,9 +104,10 @@ def _sides(config: CompareConfig, say: Callable[[str], None] | None) -> tuple[Si
     return a, b
 
 
-def _labels(a: Side, b: Side) -> tuple[str, str]:
-    """What readers know the sides by: the slices, or the catalogs."""
-    for first, second in (("+".join(a.slices), "+".join(b.slices)), (a.name, b.name)):
+def _labels(config: CompareConfig, a: Side, b: Side) -> tuple[str, str]:
+    """What readers know the sides by: the files of prompts, the slices, or the catalogs."""
+    files = Path(config.prompts.a or "").stem, Path(config.prompts.b or "").stem
+    for first, second in (files, ("+".join(a.slices), "+".join(b.slices)), (a.name, b.name)):
         if first != second and max(len(first), len(second)) <= _LABEL:
             return first, second
     return "a", "b"
@@ -180,14 +181,16 @@ def _verdict(config: CompareConfig, columns: Columns) -> dict[str, Any]:
     return verdict
 
 
-def _drift(a: Side, b: Side, site: SiteKey, of_a: SiteSums, of_b: SiteSums) -> dict[str, Any]:
+def _drift(a: Side, b: Side, site: SiteKey, sums: tuple[SiteSums, SiteSums], columns: Columns) -> dict[str, Any]:
     """How far the features of one SAE have moved as a whole, and how well it still fits."""
+    of_a, of_b = sums
     rankings = {"frequency": (of_a.counts.rate, of_b.counts.rate), "mean": (of_a.codes.rate, of_b.codes.rate)}
     is_whole = a.is_whole and b.is_whole
     score = a.catalog.manifest["ranking"]["score"]
     if is_whole and score == b.catalog.manifest["ranking"]["score"]:
         rankings[score] = a.scores(site), b.scores(site)
     fires_a, fires_b = of_a.counts.value > 0, of_b.counts.value > 0
+    moved = columns["histogram_distance"][~np.isnan(columns["histogram_distance"])]
     return {
         "fraction_of_variance_unexplained": {
             name: side.catalog.manifest["fraction_of_variance_unexplained"][str(site)] if is_whole else None
@@ -196,6 +199,9 @@ def _drift(a: Side, b: Side, site: SiteKey, of_a: SiteSums, of_b: SiteSums) -> d
         "codes_a_token": {"a": float(of_a.counts.rate.sum()), "b": float(of_b.counts.rate.sum())},
         "silent_in_a_only": int((~fires_a & fires_b).sum()),
         "silent_in_b_only": int((fires_a & ~fires_b).sum()),
+        "histogram_distance": {
+            name: float(np.quantile(moved, q)) if len(moved) else None for name, q in (("median", 0.5), ("p95", 0.95))
+        },
         "rankings": {
             name: {"rank_correlation": drift.rank_correlation(*both), "overlap": drift.overlap(*both, _OVERLAPS)}
             for name, both in rankings.items()
