@@ -7,27 +7,33 @@ traceback.
 
 import asyncio
 import hmac
+import html
 import re
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.responses import HTMLResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, Field
 
 from jobs import _main
 from jobs._http import RESPONSES, BodyLimit, LocalHosts, answer_errors
+from jobs.status import text
 from pipeline.config import DiscoverRequest, ServeConfig
 from pipeline.config.serve import LOOPBACK, LimitsConfig
 from pipeline.errors import ConfigError, RequestError
 from pipeline.findings import Discovery
 from pipeline.flows.catalog import Catalog, catalog_names
 from pipeline.flows.discover import open_discoverer
+from pipeline.flows.status import runs
+from pipeline.io.blobs import LocalBlobs
 from pipeline.steps.discoverer import Discoverer
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
@@ -75,10 +81,15 @@ def make_app(config: ServeConfig, discoverer: Discoverer) -> FastAPI:
             status="ok", version=version("sae-census"), model_id=discoverer.model_id, saes=discoverer.describe()
         )
 
-    guarded = APIRouter(prefix="/v1", dependencies=[Depends(authorised)] if config.token else [])
+    admitted = [Depends(authorised)] if config.token else []
+    guarded = APIRouter(prefix="/v1", dependencies=admitted)
     _offer_discovery(guarded, _Queue(discoverer, config.limits))
     _offer_catalogs(guarded, _Catalogs(config.store.root))
+    _offer_status(guarded, config.store.root)
     api.include_router(guarded)
+    pages = APIRouter(dependencies=admitted, include_in_schema=False)
+    _offer_status_page(pages, config.store.root)
+    api.include_router(pages)
     answer_errors(api)
     api.add_middleware(BodyLimit, max_bytes=config.limits.body_bytes)
     if config.host in LOOPBACK:  # a page of a stranger must not reach us under a name of its own
@@ -133,6 +144,25 @@ def _offer_catalogs(routes: APIRouter, catalogs: "_Catalogs") -> None:
     ) -> list[dict[str, Any]]:
         """Features whose label contains `q`, or whose strongest spans peak on a token that does."""
         return catalogs.get(name).search(q, limit)
+
+
+def _offer_status(routes: APIRouter, root: str) -> None:
+    @routes.get("/status")
+    def status(last: Annotated[int, Field(ge=1, le=100)] = 10) -> list[dict[str, Any]]:
+        """What the newest runs of the store are doing or did, newest first."""
+        return [run.public().to_json() for run in islice(runs(LocalBlobs(root)), last)]
+
+
+def _offer_status_page(routes: APIRouter, root: str) -> None:
+    @routes.get("/status", response_class=HTMLResponse)
+    def page() -> str:
+        """The same for people; it reloads itself."""
+        found = islice(runs(LocalBlobs(root)), 10)
+        told = "\n\n".join(text(run.public(), time.time()) for run in found) or "no runs yet"
+        return (
+            '<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="5">'
+            f"<title>SAE Census: runs</title><pre>{html.escape(told)}</pre></html>"
+        )
 
 
 class _Queue:

@@ -13,6 +13,10 @@ class ConfigError(UserError):
     """A key of the config is unknown, missing or out of range."""
 
 
+class NumericsError(ConfigError):
+    """A worker's machine would compute other bits than the run was planned for."""
+
+
 class RequestError(UserError):
     """A field of a request cannot be answered; `unknown` if it names something that is not there."""
 

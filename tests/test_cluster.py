@@ -105,7 +105,7 @@ def test_a_task_that_kills_every_worker_is_given_up_and_the_rest_is_done() -> No
     found = by_task(run_tasks(toy(misbehave), range(6), RAY, on_event=lambda kind, facts: events.append(kind)))
     assert {t: o.result for t, o in found.items()} == {t: None if t == 1 else t * t for t in range(6)}
     assert (found[1].kind, found[1].attempts) == ("ActorDiedError", 3)
-    assert events == ["worker_lost"] * 3
+    assert events.count("worker_lost") == 3
 
 
 def test_a_task_that_kills_its_worker_once_is_done_by_another(tmp_path: Path) -> None:

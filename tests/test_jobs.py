@@ -222,6 +222,6 @@ def test_events_of_a_run_are_json_lines(run: Run, base: list[str], tmp_path: Pat
     run("analyze", *base)
     lines = next(tmp_path.glob("runs/measures/*/events/*.jsonl")).read_text().splitlines()
     kinds = [json.loads(line)["event"] for line in lines]
-    assert kinds[0] == "stage"
+    assert kinds[0] == "run"
     assert kinds[-1] == "done"
     assert "shard_done" in kinds

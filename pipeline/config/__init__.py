@@ -21,6 +21,7 @@ from pipeline.config.sections import (
     StoreConfig,
 )
 from pipeline.config.serve import ServeConfig
+from pipeline.config.status import StatusConfig
 from pipeline.config.steer import EditConfig, GenerateConfig, SteerConfig
 from pipeline.config.sweep import SweepConfig
 from pipeline.config.trace import TraceConfig
@@ -51,6 +52,7 @@ __all__ = [
     "Section",
     "ServeConfig",
     "SideConfig",
+    "StatusConfig",
     "SteerConfig",
     "StoreConfig",
     "SweepConfig",

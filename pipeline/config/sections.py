@@ -159,8 +159,13 @@ class ClusterConfig(Section):
     """Threads of one worker; part of the measure."""
     gpus_per_worker: float | None = Field(default=None, ge=0)
     """null: 1 if the model runs on a GPU, else 0."""
-    address: str = "local"
-    """local: a private Ray on this machine; auto or host:port: a running cluster."""
+    address: str = Field(
+        default="local", pattern=r"^(local|auto|(ray://)?[^\s/:]+:[0-9]{1,5}|(ray://)?\[[0-9a-fA-F:]+\]:[0-9]{1,5})$"
+    )
+    """local: a private Ray on this machine; auto: the cluster that this machine is a node of; host:port: the same,
+    by its head; ray://host:port: a cluster from outside, through its client server."""
+    wait_for_resources_seconds: float = Field(default=0.0, ge=0)
+    """How long to wait for a node that a worker fits on, if none does now; for clusters that grow on demand."""
     max_attempts: PositiveInt = 3
     """A shard that fails this often by breaking its worker is quarantined."""
     deadline_seconds: float | None = Field(default=None, gt=0)

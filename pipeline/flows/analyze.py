@@ -59,7 +59,7 @@ def analyze(config: AnalyzeConfig, say: Callable[[str], None] | None = None) -> 
         UserError: if the user must change something; nothing that was finished is lost.
     """
     run = _Run(config, say)
-    with connected(config.cluster):
+    with run.voice.running(run.about()), connected(config.cluster):
         records = run.prepare()
         shards = choose_shards(records, config.corpus.max_tokens)
         receipts, failures = run.map(shards)
@@ -74,12 +74,17 @@ class _Run:
         self.identity = identify(config)
         self.blobs = LocalBlobs(config.store.root)
         plan.check_claim(self.blobs, config.catalog.name, self.identity.fields)
-        run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
-        self.voice = Voice(self.blobs, layout.events(self.identity.measure_id, run_id), say)
+        self.run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
+        self.voice = Voice(self.blobs, layout.events(self.identity.measure_id, self.run_id), say)
         self.seconds: dict[str, float] = {}
         preparation_id, measure_id = self.identity.preparation_id, self.identity.measure_id
         self.blobs.put_if_absent(layout.preparation(preparation_id), canonical(self.identity.preparation))
         self.blobs.put_if_absent(layout.measure(measure_id), canonical(self.manifest()))
+
+    def about(self) -> dict[str, Any]:
+        """What `jobs.status` tells of a run that has just begun."""
+        cluster = self.config.cluster
+        return {"catalog": self.config.catalog.name, "workers": cluster.workers, "address": cluster.address}
 
     def manifest(self) -> dict[str, Any]:
         """What `jobs.verify` needs to recompute a shard."""
@@ -98,7 +103,9 @@ class _Run:
         )
         found: dict[str, SourceRecord] = {}
         with self.voice.stage("prepare", len(sources), "tokens") as stage:
-            for outcome in run_tasks(partial(Preparer, settings), sources, config.cluster, on_event=self.voice.event):
+            for outcome in run_tasks(
+                partial(Preparer, settings), sources, config.cluster, on_event=self.voice.event, stage="prepare"
+            ):
                 record = result_of(outcome, f"source {', '.join(outcome.task.names)}")
                 found[record.source_id] = record
                 stage.advance(sum(shard.num_tokens for shard in record.shards))
@@ -141,6 +148,10 @@ class _Run:
                 f"warning: the partials may need {cost.partial_bytes >> 20} MiB, and {self.blobs.root} has "
                 f"{self.blobs.free_bytes() >> 20} MiB left"
             )
+        intent = {"left": {s.shard_id: s.num_tokens for s in left}}
+        self.blobs.put(layout.run_plan(measure_id, self.run_id), canonical(intent))
+        done_tokens = sum(receipt.shard.num_tokens for receipt in receipts.values())
+        self.voice.event("plan", {"done": len(receipts), "done_tokens": done_tokens})
         make = partial(AnalysisSession, self.config, self.identity.preparation_id, measure_id, self.identity.numerics)
         asked = self.config.preflight != "off" and bool(left)
         failures = []
@@ -153,6 +164,8 @@ class _Run:
             judge=self._judge,
             needs_gpu=choose_device(self.config.model.device).type == "cuda",
             on_event=self.voice.event,
+            describe=_about_task,
+            stage="analyze",
         )
         with self.voice.stage("analyze", len(left), "tokens") as stage:
             for outcome in outcomes:
@@ -192,7 +205,8 @@ class _Run:
         )
         self.blobs.put(layout.failure(self.identity.measure_id, failure.shard.shard_id), failure.to_bytes())
         self.voice.quarantined += 1
-        self.voice.event("quarantined", {"shard_id": failure.shard.shard_id, "kind": failure.kind})
+        why = {"kind": failure.kind, "message": failure.message, "attempts": failure.attempts}
+        self.voice.event("quarantined", {"shard_id": failure.shard.shard_id, **why})
         self.voice.say(f"shard {failure.shard.shard_id} is left out: {failure.kind}: {failure.message}")
         return failure
 
@@ -217,7 +231,9 @@ class _Run:
         with publish.Draft(self.blobs, sites, norms) as draft:
             attributed = self._attribute(draft, todo)
             with self.voice.stage("reduce", len(todo), "features") as stage:
-                outcomes = run_tasks(partial(ranges.Reducer, settings), todo, config.cluster, on_event=self.voice.event)
+                outcomes = run_tasks(
+                    partial(ranges.Reducer, settings), todo, config.cluster, on_event=self.voice.event, stage="reduce"
+                )
 
                 def results() -> Iterator[ranges.RangeResult]:
                     for outcome in in_order(todo, outcomes):
@@ -236,7 +252,6 @@ class _Run:
             number, _, is_new = draft.publish(config.catalog.name, facts, volatile)
         self.seconds["reduce"] = stage.seconds
         self.voice.event("done", {"snapshot": number, "is_new": is_new})
-        self.voice.flush()
         catalog = Catalog(config.store.root, config.catalog.name, number)
         return Analysis(catalog=catalog, is_new=is_new, failures=tuple(failures), seconds=self.seconds)
 
@@ -304,3 +319,7 @@ def _spread(shards: list[ShardRecord]) -> tuple[ShardRecord, ...]:
         if sum(shard.num_tokens for shard in chosen) >= preflight.NUM_TOKENS:
             break
     return tuple(chosen)
+
+
+def _about_task(task: ShardRecord | FitProbe) -> dict[str, Any]:
+    return {"shard_id": task.shard_id, "tokens": task.num_tokens} if isinstance(task, ShardRecord) else {}

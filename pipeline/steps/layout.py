@@ -46,9 +46,24 @@ def failure(measure_id: str, shard_id: str) -> str:
     return f"measures/{measure_id}/failures/{shard_id}.json"
 
 
+def measures() -> str:
+    """The folder of all measures."""
+    return "measures"
+
+
 def events(measure_id: str, run_id: str) -> str:
     """The JSON lines of one run."""
     return f"measures/{measure_id}/events/{run_id}.jsonl"
+
+
+def next_file(key: str, number: int) -> str:
+    """What follows a file of JSON lines that is full; number 0 is the file itself."""
+    return key if number == 0 else f"{key.removesuffix('.jsonl')}.{number:06d}.jsonl"
+
+
+def run_plan(measure_id: str, run_id: str) -> str:
+    """Which shards a run means to analyse."""
+    return f"measures/{measure_id}/plans/{run_id}.json"
 
 
 def catalog(name: str) -> str:

@@ -1,7 +1,15 @@
-"""What a run says while it works: a live line for people, plain lines for logs, JSON lines in the store."""
+"""What a run says while it works: a live line for people, plain lines for logs, JSON lines in the store.
 
+The lines in the store are what `jobs.status` reads. They are rewritten whole every few seconds, the last of them
+a sign of life, so a killed run loses only its last seconds of them; full files are closed and the next begun.
+"""
+
+import contextlib
 import json
+import os
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,10 +18,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.errors import StorageError
 from pipeline.io.blobs import LocalBlobs
+from pipeline.steps import layout
 
+BEAT_SECONDS = 5.0
+"""Between two signs of life in the store."""
 _PLAIN_SECONDS = 15.0
-_FLUSH_SECONDS = 5.0
+_FILE_BYTES = 1 << 16
+_URGENT = {"run", "plan", "quarantined", "worker_lost", "worker_refused", "done", "failed"}
 
 
 class Voice:
@@ -24,6 +37,10 @@ class Voice:
         self._blobs, self._key, self._listener = blobs, key, listener
         self._console = Console(stderr=True)
         self._lines: list[str] = []
+        self._num_files = 0
+        self._lock = threading.RLock()
+        self._beats = False
+        self._stage: Stage | None = None
         self._flushed = 0.0
         self.retries = 0
         self.quarantined = 0
@@ -42,18 +59,59 @@ class Voice:
 
     def event(self, kind: str, facts: dict[str, Any]) -> None:
         """A line for machines; what went wrong is also said aloud."""
-        self._lines.append(json.dumps({"at": round(time.time(), 3), "event": kind, **facts}))
+        with self._lock:
+            self._lines.append(_line(kind, facts))
         if kind == "worker_lost":
             self.retries += 1
             self.say(f"worker lost ({facts['kind']}): its task is tried again elsewhere")
-        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+        if kind == "worker_refused":
+            self.say(f"worker refused on node {facts['node']}: {facts['message']}")
+        if kind == "waiting":
+            self.say(f"waiting for the cluster: {facts['message']}")
+        if kind in _URGENT or time.monotonic() - self._flushed > BEAT_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Write the events so far."""
-        self._flushed = time.monotonic()
-        if self._lines:
-            self._blobs.put(self._key, ("\n".join(self._lines) + "\n").encode())
+        with self._lock:
+            self._flushed = time.monotonic()
+            lines = list(self._lines)
+            if self._beats:
+                lines.append(_line("alive", self._stage.counts() if self._stage else {}))
+            if not lines:
+                return
+            body = ("\n".join(lines) + "\n").encode()
+            self._blobs.put(layout.next_file(self._key, self._num_files), body)
+            if len(body) > _FILE_BYTES:
+                self._lines, self._num_files = [], self._num_files + 1
+
+    @contextmanager
+    def running(self, facts: dict[str, Any]) -> Iterator[None]:
+        """The time of a run: signs of life go to the store, and how it ended if not well."""
+        self.event("run", {**facts, "host": socket.gethostname(), "pid": os.getpid()})
+        stop = threading.Event()
+        thread = threading.Thread(target=self._beat, args=(stop,), daemon=True)
+        self._beats = True
+        thread.start()
+        try:
+            yield
+        except BaseException as error:
+            stop.set()
+            self._beats = False
+            message = (str(error).splitlines() or [""])[0]
+            with contextlib.suppress(StorageError):  # the first error is the one to tell
+                self.event("failed", {"kind": type(error).__name__, "message": message})
+            raise
+        finally:
+            stop.set()
+            thread.join()
+            self._beats = False
+        self.flush()
+
+    def _beat(self, stop: threading.Event) -> None:
+        while not stop.wait(BEAT_SECONDS):
+            with contextlib.suppress(StorageError):  # the run itself will meet it, and say so
+                self.flush()
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator["Stage"]:
@@ -66,7 +124,7 @@ class Voice:
             TextColumn("{task.fields[note]}"),
         ]
         with Progress(*columns, TimeRemainingColumn(), console=self._console, disable=not self.is_live) as bar:
-            stage = Stage(self, bar, name, total, unit)
+            stage = self._stage = Stage(self, bar, name, total, unit)
             yield stage
             stage.close()
         self.event("stage_done", {"stage": name, "seconds": round(stage.seconds, 2)})
@@ -86,6 +144,10 @@ class Stage:
     def seconds(self) -> float:
         """Since the stage began."""
         return time.monotonic() - self._began
+
+    def counts(self) -> dict[str, Any]:
+        """How far it is."""
+        return {"stage": self._name, "done": self._done, "total": self._total}
 
     def advance(self, amount: int = 0) -> None:
         """One more is done; `amount` counts towards the rate (tokens)."""
@@ -117,3 +179,7 @@ class Stage:
             f"{self._voice.quarantined} quarantined" if self._voice.quarantined else "",
         )
         return ", ".join(part for part in parts if part)
+
+
+def _line(kind: str, facts: dict[str, Any]) -> str:
+    return json.dumps({"at": round(time.time(), 3), "event": kind, **facts})

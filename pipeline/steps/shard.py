@@ -22,7 +22,7 @@ from pipeline.compute.codes import Codes
 from pipeline.compute.documents import document_grid
 from pipeline.compute.samples import SampleSizes
 from pipeline.config import AnalyzeConfig, SamplingConfig
-from pipeline.errors import ConfigError, ShardError
+from pipeline.errors import NumericsError, ShardError
 from pipeline.io import device, store, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.model import choose_device
@@ -103,7 +103,7 @@ class Analyzer:
         chosen = choose_device(config.model.device)
         mine = device.configure(config.cluster.threads_per_worker, chosen)
         if mine != numerics:
-            raise ConfigError(f"this worker computes with {mine}, but the run was planned with {numerics}")
+            raise NumericsError(f"this worker computes with {mine}, but the run was planned with {numerics}")
         self._reader = Reader(config.model, config.saes)
         self._reader.drop_above()
         self.saes, self.points = self._reader.saes, self._reader.points

@@ -1,0 +1,316 @@
+"""What runs of `jobs.analyze` are doing or did, told from the store alone.
+
+Nothing is asked of the run itself, so anybody who can read the store can look, and a killed run can still be told.
+Shards of a run are counted by its events and, for those that its last seconds did not get to write, by receipts.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from pipeline.config.status import StatusConfig
+from pipeline.errors import ConfigError
+from pipeline.io.blobs import LocalBlobs
+from pipeline.records import Receipt
+from pipeline.steps import layout
+from pipeline.steps.progress import BEAT_SECONDS
+
+SILENT_SECONDS = 6 * BEAT_SECONDS
+"""A run that gave no sign of life for so long is taken for dead."""
+STRAGGLER_RATIO, STRAGGLER_SECONDS = 3.0, 10.0
+"""A shard straggles if it takes more than so many medians, and longer than this."""
+_MIN_FOR_MEDIAN = 3
+
+State = Literal["running", "finished", "failed", "interrupted", "silent"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """Why something is not as it should be."""
+
+    shard_id: str
+    kind: str
+    message: str
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Straggler:
+    """A shard that takes far longer than others did."""
+
+    shard_id: str
+    worker: int
+    node: str
+    seconds: float
+    median_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatus:
+    """One run."""
+
+    run_id: str
+    measure_id: str
+    catalog: str
+    state: State
+    """silent: no sign of life, so probably killed; what it finished is safe."""
+    reason: str
+    """Why it failed or was interrupted."""
+    host: str
+    pid: int
+    began_at: float
+    """Unix time, as all times here."""
+    seen_at: float
+    """Its last word."""
+    stage: str
+    stage_done: int
+    stage_total: int
+    shards_planned: int
+    """Of the corpus; 0 until the run has planned."""
+    shards_before: int
+    """Done by earlier runs."""
+    shards_done: int
+    """By this run."""
+    shards_running: int
+    shards_waiting: int
+    tokens_planned: int
+    tokens_before: int
+    tokens_done: int
+    tokens_per_second: float | None
+    """Of this run, since its first shard began."""
+    seconds_left: float | None
+    """Until all shards are analysed, at that rate."""
+    worker_seconds: float
+    """Spent on shards: done, running, failed and lost; loading of models is not in it."""
+    workers: int
+    """That hold a model now, or did when the run was last heard of; 0 if the run works in its own process."""
+    workers_wanted: int
+    lost: tuple[Reason, ...]
+    """Workers that died, hung or were refused."""
+    failures: tuple[Reason, ...]
+    """Shards that are left out."""
+    stragglers: tuple[Straggler, ...]
+    snapshot: int | None
+    """What it published."""
+
+    def public(self) -> "RunStatus":
+        """Without what may name paths or machines: reasons are the kinds of errors, not their messages."""
+        return replace(
+            self,
+            host="",
+            pid=0,
+            reason=self.reason.split(":")[0],
+            lost=tuple(replace(item, message="") for item in self.lost),
+            failures=tuple(replace(item, message="") for item in self.failures),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def status(config: StatusConfig) -> list[RunStatus]:
+    """The newest runs, newest first.
+
+    Raises:
+        ConfigError: if there is no store, or no run in it that fits.
+    """
+    blobs = LocalBlobs(config.store.root)
+    if not blobs.path(layout.measures()).is_dir():
+        raise ConfigError(f"store.root {config.store.root} holds no measures; give the root of an analysis")
+    fitting = (run for run in runs(blobs) if config.catalog in (None, run.catalog))
+    found = list(islice(fitting, config.last))
+    if not found:
+        what = f" of catalog {config.catalog}" if config.catalog else ""
+        raise ConfigError(f"store.root {config.store.root} tells of no run{what}")
+    return found
+
+
+def runs(blobs: LocalBlobs) -> Iterator[RunStatus]:
+    """All runs of a store, newest first."""
+    folder = blobs.path(layout.measures())
+    names = {(path.name.split(".")[0], path.parents[1].name) for path in folder.glob("*/events/*.jsonl")}
+    for run_id, measure_id in sorted(names, reverse=True):
+        told = _Told(blobs, measure_id, run_id)
+        if told.began:
+            yield told.status(time.time())
+
+
+class _Told:
+    """What the events of one run say, in their order."""
+
+    def __init__(self, blobs: LocalBlobs, measure_id: str, run_id: str):
+        self._blobs, self._measure_id, self._run_id = blobs, measure_id, run_id
+        self.began: dict[str, Any] = {}
+        self.end: dict[str, Any] = {}
+        self.stage: dict[str, Any] = {}
+        self.plan: dict[str, Any] = {}
+        self.seen_at = 0.0
+        self.first_shard_at = self.last_shard_at = 0.0
+        self.running: dict[str, dict[str, Any]] = {}
+        self.seconds: dict[str, float] = {}
+        self.spent = 0.0
+        self.workers: set[int] = set()
+        self.lost: list[Reason] = []
+        self.failures: list[Reason] = []
+        for event in _events(blobs, layout.events(measure_id, run_id)):
+            self._hear(event)
+        self.left: dict[str, int] = {}
+        if self.plan:
+            self.left = json.loads(blobs.get(layout.run_plan(measure_id, run_id)))["left"]
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        self.seen_at = max(self.seen_at, event["at"])
+        match event["event"]:
+            case "run":
+                self.began = event
+            case "stage":  # every stage has workers of its own
+                self.stage = event | {"done": 0}
+                self.workers = set()
+            case "alive" if "stage" in event:
+                self.stage = event
+            case "stage_done":
+                self.stage |= {"done": self.stage.get("total", 0)}
+            case "plan":
+                self.plan = event
+            case "done" | "failed":
+                self.end = event
+            case _:
+                self._hear_of_work(event)
+
+    def _hear_of_work(self, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case "worker_started":
+                self.workers.add(event["worker"])
+            case "task_started":
+                self.running[event["shard_id"]] = event
+                self.first_shard_at = self.first_shard_at or event["at"]
+            case "shard_done":
+                self._over(event)
+                self.seconds[event["shard_id"]] = event["seconds"]
+            case "quarantined":
+                self._over(event)
+                self.failures.append(_reason(event))
+            case "worker_lost" | "worker_refused":
+                self._over(event)
+                self.workers.discard(event["worker"])
+                self.lost.append(_reason(event))
+
+    def _over(self, event: dict[str, Any]) -> None:
+        """An attempt has ended: what it took is spent, whatever came of it."""
+        started = self.running.pop(event.get("shard_id", ""), None)
+        if started is not None:
+            self.spent += max(0.0, event["at"] - started["at"])
+            self.last_shard_at = max(self.last_shard_at, event["at"])
+
+    def status(self, now: float) -> RunStatus:
+        """As of a time; what runs in a run that is over, or silent, stopped at its last word."""
+        state = self._state(now)
+        until = now if state == "running" else self.seen_at
+        if state != "finished":
+            self._count_receipts()
+        tokens_done = sum(self.left[shard_id] for shard_id in self.seconds if shard_id in self.left)
+        out = {failure.shard_id for failure in self.failures}
+        tokens_left = sum(
+            n for shard_id, n in self.left.items() if shard_id not in self.seconds and shard_id not in out
+        )
+        began = self.first_shard_at or until
+        last = until if tokens_left else self.last_shard_at
+        rate = tokens_done / (last - began) if tokens_done and last > began else None
+        shards = {shard_id: event for shard_id, event in self.running.items() if shard_id in self.left}
+        running = shards if state == "running" else {}
+        spent = self.spent + sum(until - event["at"] for event in self.running.values())
+        num_left = len(self.left) - len(self.seconds) - len(out)
+        return RunStatus(
+            run_id=self._run_id,
+            measure_id=self._measure_id,
+            catalog=self.began["catalog"],
+            state=state,
+            reason=": ".join(filter(None, (self.end.get("kind"), self.end.get("message")))),
+            host=self.began["host"],
+            pid=self.began["pid"],
+            began_at=self.began["at"],
+            seen_at=self.seen_at,
+            stage=self.stage.get("stage", ""),
+            stage_done=self.stage.get("done", 0),
+            stage_total=self.stage.get("total", 0),
+            shards_planned=len(self.left) + self.plan.get("done", 0),
+            shards_before=self.plan.get("done", 0),
+            shards_done=len(self.seconds),
+            shards_running=len(running),
+            shards_waiting=num_left - len(running),
+            tokens_planned=sum(self.left.values()) + self.plan.get("done_tokens", 0),
+            tokens_before=self.plan.get("done_tokens", 0),
+            tokens_done=tokens_done,
+            tokens_per_second=rate,
+            seconds_left=tokens_left / rate if rate and tokens_left and state == "running" else None,
+            worker_seconds=spent,
+            workers=len(self.workers),
+            workers_wanted=self.began["workers"],
+            lost=tuple(self.lost),
+            failures=tuple(self.failures),
+            stragglers=self._stragglers(running, now),
+            snapshot=self.end.get("snapshot"),
+        )
+
+    def _state(self, now: float) -> State:
+        match self.end.get("event"), self.end.get("kind"):
+            case "done", _:
+                return "finished"
+            case "failed", "KeyboardInterrupt":
+                return "interrupted"
+            case "failed", _:
+                return "failed"
+        return "running" if now - self.seen_at < SILENT_SECONDS else "silent"
+
+    def _count_receipts(self) -> None:
+        """Add shards that were committed in the last seconds, before an event could say so."""
+        folder = self._blobs.path(layout.receipts(self._measure_id))
+        there = {path.stem for path in folder.glob("*.json")} if folder.is_dir() else set[str]()
+        for shard_id in sorted(there & self.left.keys() - self.seconds.keys()):
+            try:
+                ran = Receipt.model_validate_json(self._blobs.get(layout.receipt(self._measure_id, shard_id))).ran
+            except ValidationError:
+                continue  # damaged: it will be analysed again
+            if self.plan["at"] <= ran["at"] <= self.seen_at + SILENT_SECONDS:
+                self._over({"shard_id": shard_id, "at": ran["at"]})
+                self.seconds[shard_id] = ran["seconds"]
+                self.seen_at = max(self.seen_at, ran["at"])
+
+    def _stragglers(self, running: dict[str, dict[str, Any]], now: float) -> tuple[Straggler, ...]:
+        if len(self.seconds) < _MIN_FOR_MEDIAN:
+            return ()
+        usual = statistics.median(self.seconds.values())
+        slow = {k: now - e["at"] for k, e in running.items()}
+        return tuple(
+            Straggler(
+                shard_id=shard_id,
+                worker=running[shard_id]["worker"],
+                node=running[shard_id]["node"],
+                seconds=seconds,
+                median_seconds=usual,
+            )
+            for shard_id, seconds in sorted(slow.items(), key=lambda item: (-item[1], item[0]))
+            if seconds > max(STRAGGLER_RATIO * usual, STRAGGLER_SECONDS)
+        )
+
+
+def _reason(event: dict[str, Any]) -> Reason:
+    return Reason(
+        shard_id=event.get("shard_id", ""), kind=event["kind"], message=event["message"], attempts=event["attempts"]
+    )
+
+
+def _events(blobs: LocalBlobs, first: str) -> Iterator[dict[str, Any]]:
+    number = 0
+    while blobs.exists(layout.next_file(first, number)):
+        for line in blobs.get(layout.next_file(first, number)).splitlines():
+            event: dict[str, Any] = json.loads(line)
+            yield event
+        number += 1
