@@ -21,7 +21,7 @@ from pipeline.flows.catalog import Catalog
 from pipeline.flows.identity import find_config_sources, identify
 from pipeline.flows.reduction import Chosen, reduce
 from pipeline.io.blobs import LocalBlobs
-from pipeline.io.model import choose_device
+from pipeline.io.device import choose_device
 from pipeline.records import Failure, ShardRecord, SourceRecord, canonical
 from pipeline.steps import layout, plan, preflight, publish
 from pipeline.steps.cluster import Outcome, connected, run_tasks
