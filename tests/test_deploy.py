@@ -4,9 +4,11 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
@@ -18,6 +20,7 @@ from pipeline.config import AnalyzeConfig, SweepConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "scripts" / "deploy"
+KUBERNETES = "1.33"
 # Hydra leaves the handling of its log files to the garbage collector
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -36,14 +39,33 @@ def analyze_config(overrides: list[str]) -> AnalyzeConfig:
 
 
 def pod(spec: dict[str, Any], volumes: set[str]) -> None:
-    """The fields that Kubernetes demands of a pod, and mounts of volumes that are there."""
+    """A pod as Kubernetes defines it, that mounts volumes that are there and may take as much as it asks for."""
+    manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": spec}
+    kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
     assert {volume["name"] for volume in spec["volumes"]} == volumes
     for container in spec["containers"]:
-        assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", container["name"])
         assert container["image"] == "sae-census"
         assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
-        assert all(mount["mountPath"].startswith("/") for mount in container["volumeMounts"])
         assert container["resources"]["requests"] == container["resources"]["limits"]
+
+
+@pytest.mark.parametrize("name", ["cronjob.yaml", "volume.yaml"])
+def test_manifests_are_what_kubernetes_defines(name: str) -> None:
+    kubernetes_validate.validate(read(name), KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize(("where", "key"), [("spec", "scedule"), ("metadata", "nmae")])
+def test_a_misspelt_field_of_a_manifest_is_found(where: str, key: str) -> None:
+    manifest = read("cronjob.yaml")
+    manifest[where][key] = "x"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+
+
+def test_the_dockerfile_has_no_complaints() -> None:
+    linter = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([linter, DEPLOY / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 @pytest.mark.parametrize("name", ["rayjob.yaml", "cronjob.yaml", "volume.yaml"])
