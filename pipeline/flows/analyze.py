@@ -24,9 +24,9 @@ from pipeline.io.blobs import LocalBlobs
 from pipeline.io.model import choose_device
 from pipeline.records import Failure, Receipt, ShardRecord, SourceRecord, canonical
 from pipeline.steps import layout, plan, preflight, publish, ranges
-from pipeline.steps.cluster import Outcome, connected, run_tasks
+from pipeline.steps.cluster import connected, run_tasks
 from pipeline.steps.logits import LogitSettings
-from pipeline.steps.outcomes import in_order, result_of
+from pipeline.steps.outcomes import Outcome, in_order, result_of
 from pipeline.steps.partial import RangeTask
 from pipeline.steps.preflight import FitProbe
 from pipeline.steps.prepare import Preparer, PrepareSettings, choose_shards, read_settings
