@@ -47,7 +47,7 @@ class Wire:
             ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
             ip("-n", name, "link", "set", "cable", "up")
         here = Path(__file__).resolve().parent
-        self._environment = os.environ | _QUICK | {"PYTHONPATH": f"{here.parent}:{here}", "RAY_AUTH_MODE": "disabled"}
+        self._environment = os.environ | _QUICK | {"PYTHONPATH": f"{here.parent}:{here}"}
 
     def run(self, side: int, *command: str) -> subprocess.Popen[bytes]:
         """A process group in one of the namespaces."""

@@ -40,7 +40,6 @@ def cluster() -> Iterator[Cluster]:
     environment = pytest.MonkeyPatch()
     here = Path(__file__).resolve().parent
     environment.setenv("PYTHONPATH", f"{here.parent}:{here}")
-    environment.setenv("RAY_AUTH_MODE", "disabled")
     made = Cluster()
     made.add_node(
         num_cpus=0,

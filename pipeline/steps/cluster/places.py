@@ -53,7 +53,7 @@ class Places:
 
         self._ray, self._settings = ray, settings
         self._gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(needs_gpu)
-        self._num_hired = 0
+        self._num_hired, self._staff = 0, list[Hired]()
         self._refused: dict[str, NumericsError] = {}
         self._homeless_since = math.nan
 
@@ -69,7 +69,18 @@ class Places:
         options = {"num_cpus": self._settings.threads_per_worker, "num_gpus": self._gpus, "label_selector": elsewhere}
         hired = Hired(number=self._num_hired, actor=host.options(**options).remote())
         self._num_hired += 1
+        self._staff.append(hired)
         return hired
+
+    def dismiss(self, hired: Hired) -> None:
+        """End an actor."""
+        self._ray.kill(hired.actor)
+        self._staff.remove(hired)
+
+    def close(self) -> None:
+        """Dismiss all that are left."""
+        for hired in list(self._staff):
+            self.dismiss(hired)
 
     def refuse(self, node: str, error: NumericsError) -> None:
         """Do without a node from now on."""

@@ -82,8 +82,7 @@ class RayRun:
                 self._todo = tasks
             yield from self._until_done(proven=probe is not None)
         finally:
-            for worker in [*self._idle, *(flight.worker for flight in self._flights.values())]:
-                self._ray.kill(worker.actor)
+            self._places.close()
             self._idle, self._flights = [], {}
             self._meter()
 
@@ -181,7 +180,7 @@ class RayRun:
 
     def _refuse(self, worker: Hired, error: NumericsError) -> None:
         """Do without a node; if it was the only one that fits, the next look at the capacity ends the run."""
-        self._ray.kill(worker.actor)
+        self._places.dismiss(worker)
         self._meters.lose()
         self._places.refuse(worker.node, error)
         self._on_event("worker_refused", {"kind": "NumericsError", "message": str(error), **self._facts(worker, None)})
@@ -190,7 +189,7 @@ class RayRun:
 
     def _lost(self, flight: _Flight, kind: str, message: str) -> Outcome[Any, Any] | None:
         """A worker is gone or must go: replace it, and give its task another chance if it has one."""
-        self._ray.kill(flight.worker.actor)  # "unavailable" may still be running
+        self._places.dismiss(flight.worker)  # "unavailable" may still be running
         self._meters.lose()
         job = flight.job
         if job is None:
