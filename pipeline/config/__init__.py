@@ -19,6 +19,7 @@ from pipeline.config.sections import (
     SamplingConfig,
     Section,
     StoreConfig,
+    WorkerClass,
 )
 from pipeline.config.serve import ServeConfig
 from pipeline.config.status import StatusConfig
@@ -59,4 +60,5 @@ __all__ = [
     "TauConfig",
     "TraceConfig",
     "VerifyConfig",
+    "WorkerClass",
 ]

@@ -84,7 +84,7 @@ class _Run:
     def about(self) -> dict[str, Any]:
         """What `jobs.status` tells of a run that has just begun."""
         cluster = self.config.cluster
-        return {"catalog": self.config.catalog.name, "workers": cluster.workers, "address": cluster.address}
+        return {"catalog": self.config.catalog.name, "workers": cluster.num_workers, "address": cluster.address}
 
     def manifest(self) -> dict[str, Any]:
         """What `jobs.verify` needs to recompute a shard."""
@@ -246,7 +246,7 @@ class _Run:
             volatile = {
                 "made_at": time.time(),
                 "config": config.model_dump(mode="json"),
-                "numerics": identity.numerics,
+                "numerics": identity.numerics_of(receipts),
                 "seconds": self.seconds,
             }
             number, _, is_new = draft.publish(config.catalog.name, facts, volatile)

@@ -101,9 +101,9 @@ class Analyzer:
         self._config, self._preparation_id, self._measure_id = config, preparation_id, measure_id
         self._blobs = LocalBlobs(config.store.root)
         chosen = choose_device(config.model.device)
-        mine = device.configure(config.cluster.threads_per_worker, chosen)
-        if mine != numerics:
-            raise NumericsError(f"this worker computes with {mine}, but the run was planned with {numerics}")
+        self.numerics = device.configure(config.cluster.threads_per_worker, chosen)
+        if self.numerics != numerics and not config.cluster.mixed_numerics:
+            raise NumericsError(f"this worker computes with {self.numerics}, but the run was planned with {numerics}")
         self._reader = Reader(config.model, config.saes)
         self._reader.drop_above()
         self.saes, self.points = self._reader.saes, self._reader.points
@@ -174,7 +174,7 @@ class Analyzer:
         part = Part(key=layout.partial(self._measure_id, sha256), sha256=sha256, num_bytes=len(body))
         self._blobs.put(part.key, body)
         seconds = time.monotonic() - began
-        ran = {"host": socket.gethostname(), "at": time.time(), "seconds": round(seconds, 3)}
+        ran = {"host": socket.gethostname(), "at": time.time(), "seconds": round(seconds, 3), "numerics": self.numerics}
         receipt = Receipt(
             shard=shard,
             measure_id=self._measure_id,

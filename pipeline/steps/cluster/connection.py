@@ -13,7 +13,7 @@ _KNOCK_SECONDS = 10
 
 def uses_ray(settings: ClusterConfig) -> bool:
     """Whether tasks go to actors, or are done in this process."""
-    return settings.executor == "ray" or (settings.executor == "auto" and settings.workers > 1)
+    return settings.executor == "ray" or (settings.executor == "auto" and settings.num_workers > 1)
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def connected(settings: ClusterConfig) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
         if settings.address == "local":
-            cpus = settings.workers * settings.threads_per_worker
+            cpus = settings.num_workers * settings.threads_per_worker
             memory = 256 << 20  # results are small
             ray.init("local", num_cpus=cpus, object_store_memory=memory, include_dashboard=False, **quiet)
         else:

@@ -1,4 +1,4 @@
-"""Where actors may be: what one takes of a node, which nodes are refused, and how long to wait for one that fits."""
+"""Where actors may be: what each class takes of a node, which nodes are refused or leave, and whether any fits."""
 
 import math
 import time
@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import ClusterConfig
+from pipeline.config import ClusterConfig, WorkerClass
 from pipeline.errors import ConfigError, NumericsError, UserError
 from pipeline.steps.outcomes import Reply, Worker, attempt
+
+_LOOK_SECONDS = 1.0
 
 
 class _Host:
@@ -40,6 +42,8 @@ class Hired:
     """An actor, and where it is."""
 
     number: int
+    kind: int
+    """Its class, by its place in the settings."""
     actor: Any
     node: str = ""
     """Empty until it is placed."""
@@ -52,22 +56,37 @@ class Places:
         import ray
 
         self._ray, self._settings = ray, settings
-        self._gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(needs_gpu)
+        self._kinds = [
+            kind if kind.gpus_per_worker is not None else kind.model_copy(update={"gpus_per_worker": float(needs_gpu)})
+            for kind in settings.worker_classes
+        ]
         self._num_hired, self._staff = 0, list[Hired]()
         self._refused: dict[str, NumericsError] = {}
         self._homeless_since = math.nan
+        self._draining, self._looked_at = set[str](), -math.inf
 
-    @property
-    def num_wanted(self) -> int:
-        """Actors, if there is work for all."""
-        return self._settings.workers
+    def grow(self, num_tasks: int | None) -> list[Hired]:
+        """Hire what is missing: of every class its number, but no more than there are tasks; if None, one."""
+        found = []
+        for index, kind in enumerate(self._kinds):
+            alive = sum(hired.kind == index for hired in self._staff)
+            wanted = 1 if num_tasks is None else min(kind.workers, num_tasks or 1)
+            found += [self._hire(index) for _ in range(wanted - alive)]
+        return found
 
-    def hire(self) -> Hired:
+    def _hire(self, index: int) -> Hired:
         """An actor that is placed as soon as a node has room; on none that is refused."""
+        kind = self._kinds[index]
         host = self._ray.remote(max_restarts=0, max_task_retries=0)(_Host)
         elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(self._refused))})"} if self._refused else {}
-        options = {"num_cpus": self._settings.threads_per_worker, "num_gpus": self._gpus, "label_selector": elsewhere}
-        hired = Hired(number=self._num_hired, actor=host.options(**options).remote())
+        actor = host.options(
+            num_cpus=self._settings.threads_per_worker,
+            num_gpus=kind.gpus_per_worker,
+            memory=_bytes(kind),
+            resources=kind.resources,
+            label_selector={**kind.labels, **elsewhere},
+        ).remote()
+        hired = Hired(number=self._num_hired, kind=index, actor=actor)
         self._num_hired += 1
         self._staff.append(hired)
         return hired
@@ -86,23 +105,39 @@ class Places:
         """Do without a node from now on."""
         self._refused[node] = error
 
-    def settle(self) -> None:
-        """There is a worker: the wait for a node is over."""
-        self._homeless_since = math.nan
+    @property
+    def num_placed(self) -> int:
+        """Actors that are on a node."""
+        return sum(bool(hired.node) for hired in self._staff)
+
+    def leaving(self) -> list[Hired]:
+        """Actors on nodes that are about to be taken back; none if there are no others to do the work."""
+        draining = self._look_for_draining()
+        going = [hired for hired in self._staff if hired.node in draining]
+        return going if len(going) < self.num_placed else []
+
+    def _look_for_draining(self) -> set[str]:
+        """Ray has no public word for it; from outside a cluster there is none at all. It takes a millisecond."""
+        now = time.monotonic()
+        if now - self._looked_at > _LOOK_SECONDS and not self._ray.util.client.ray.is_connected():
+            self._draining = set(self._ray._private.state.state.get_draining_nodes())
+            self._looked_at = now
+        return self._draining
 
     def await_room(self) -> str:
-        """To be asked again and again while no actor is placed; says so once if no node fits, and there is a wait.
+        """To be asked again and again; says so once if there is neither an actor on a node nor a node that fits.
 
-        An actor that fits nowhere would wait for ever without an error. While there is a worker, others may.
+        An actor that fits nowhere would wait for ever without an error. While another is placed, it may.
 
         Raises:
             ConfigError: if no node fits, and none came before the wait was over.
         """
-        if self._fits():
-            self.settle()
+        if self.num_placed or self._fits():
+            self._homeless_since = math.nan
             return ""
         now, patience, told = time.monotonic(), self._settings.wait_for_resources_seconds, ""
-        need = f"{self._settings.threads_per_worker:g} CPUs and {self._gpus:g} GPUs"
+        threads = self._settings.threads_per_worker
+        need = " or ".join(dict.fromkeys(kind.needs(threads) for kind in self._kinds))
         if math.isnan(self._homeless_since):
             self._homeless_since = now
             told = f"a worker needs {need}, and no node has them yet" if patience else ""
@@ -118,10 +153,17 @@ class Places:
         )
 
     def _fits(self) -> bool:
-        need = {"CPU": float(self._settings.threads_per_worker), "GPU": self._gpus}
-        return any(
-            node["Alive"]
-            and node["NodeID"] not in self._refused
-            and all(node["Resources"].get(name, 0) >= amount for name, amount in need.items())
-            for node in self._ray.nodes()
+        away = self._refused.keys() | self._look_for_draining()
+        nodes = [node for node in self._ray.nodes() if node["Alive"] and node["NodeID"] not in away]
+        return any(self._fits_on(kind, node) for kind in self._kinds for node in nodes)
+
+    def _fits_on(self, kind: WorkerClass, node: dict[str, Any]) -> bool:
+        need: dict[str, float | None] = {"CPU": self._settings.threads_per_worker, "GPU": kind.gpus_per_worker}
+        need |= {"memory": _bytes(kind), **kind.resources}
+        return kind.labels.items() <= node["Labels"].items() and all(
+            node["Resources"].get(name, 0) >= (amount or 0) for name, amount in need.items()
         )
+
+
+def _bytes(kind: WorkerClass) -> int | None:
+    return int(kind.memory_gib * (1 << 30)) if kind.memory_gib else None

@@ -5,7 +5,8 @@
 - what breaks the worker (death, hang, lost node, memory) is retried on a fresh worker; the last attempt runs
   with no neighbour, so that a bystander of somebody else's memory hunger is not blamed;
 - a node that was taken back (preempted) is not the task's fault: that attempt does not count;
-- a node that would compute other bits is refused, and the run goes on with the others.
+- a node that would compute other bits is refused, and the run goes on with the others;
+- a node that is about to leave gets no more tasks, if there are others.
 
 Workers that no node has room for yet wait, and hold up nobody: the run goes on with those that there are.
 """
@@ -13,7 +14,7 @@ Workers that no node has room for yet wait, and hold up nobody: the run goes on 
 import math
 import statistics
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +68,7 @@ class RayRun:
         self._solo: deque[_Job] = deque()
         self._flights: dict[Any, _Flight] = {}
         self._idle: list[Hired] = []
-        self._seconds: list[float] = []
+        self._seconds: defaultdict[int, list[float]] = defaultdict(list)
         self._failed_starts = 0
         self._make = ray.put(make)
         self._places, self._meters = Places(settings, needs_gpu), Meters(stage)
@@ -75,7 +76,6 @@ class RayRun:
     def outcomes(self, probe: Any, judge: Callable[[Outcome[Any, Any]], None]) -> Iterator[Outcome[Any, Any]]:
         """Drive the run; its actors are gone afterwards, however it ends."""
         try:
-            self._start()
             if probe is not None:
                 tasks, self._todo = self._todo, deque([_Job(probe)])
                 judge(next(self._until_done(proven=False)))
@@ -87,11 +87,10 @@ class RayRun:
             self._meter()
 
     def _until_done(self, *, proven: bool) -> Iterator[Outcome[Any, Any]]:
-        """Outcomes of all that is to do. Until a worker has proved that it starts, there is only one."""
+        """Outcomes of all that is to do. Until a worker has proved that it starts, there is one of a class."""
         while self._todo or self._solo or self._busy():
-            if proven:
-                self._grow()
-            self._check_room()
+            self._let_go()
+            self._grow(proven)
             self._submit()
             ready, _ = self._ray.wait(list(self._flights), num_returns=1, timeout=1.0)
             for ref in ready:
@@ -103,28 +102,27 @@ class RayRun:
             self._meter()
 
     def _meter(self) -> None:
-        placed = len(self._idle) + sum(bool(flight.worker.node) for flight in self._flights.values())
         waiting = len(self._todo) + len(self._solo)
-        self._meters.show(waiting=waiting, running=self._busy(), workers=placed, wanted=self._places.num_wanted)
+        self._meters.show(
+            waiting=waiting, running=self._busy(), workers=self._places.num_placed, wanted=self._settings.num_workers
+        )
 
     def _busy(self) -> int:
         return sum(flight.job is not None for flight in self._flights.values())
 
-    def _check_room(self) -> None:
-        if self._idle or any(flight.worker.node for flight in self._flights.values()):
-            self._places.settle()
-        elif told := self._places.await_room():
+    def _let_go(self) -> None:
+        """What is on a node that leaves may finish its task, and gets no other."""
+        for worker in self._places.leaving():
+            if worker in self._idle:
+                self._idle.remove(worker)
+                self._places.dismiss(worker)
+                self._on_event("worker_left", {"message": "its node is to be taken back", **self._facts(worker, None)})
+
+    def _grow(self, proven: bool) -> None:
+        for worker in self._places.grow(len(self._todo) + self._busy() if proven else None):
+            self._flights[worker.actor.node.remote()] = _Flight(worker, None, math.inf)
+        if told := self._places.await_room():
             self._on_event("waiting", {"message": told})
-
-    def _start(self) -> None:
-        worker = self._places.hire()
-        self._flights[worker.actor.node.remote()] = _Flight(worker, None, math.inf)
-
-    def _grow(self) -> None:
-        alive = len(self._idle) + len(self._flights)
-        wanted = min(self._places.num_wanted, len(self._todo) + self._busy() or 1)
-        for _ in range(wanted - alive):
-            self._start()
 
     def _submit(self) -> None:
         while self._todo and self._idle:
@@ -134,13 +132,16 @@ class RayRun:
 
     def _send(self, worker: Hired, job: _Job) -> None:
         job.attempts += 1
-        usual = statistics.median(self._seconds) if self._seconds else 0
-        limit = self._settings.deadline_seconds or max(300.0, 20 * usual)
-        if not self._seconds and self._settings.deadline_seconds is None:
-            limit = 3600.0  # nothing is known yet of how long a task takes
-        self._flights[worker.actor.run.remote(job.task)] = _Flight(worker, job, time.monotonic() + limit)
+        deadline = time.monotonic() + self._limit(self._seconds[worker.kind])
+        self._flights[worker.actor.run.remote(job.task)] = _Flight(worker, job, deadline)
         if self._describe(job.task):
             self._on_event("task_started", self._facts(worker, job))
+
+    def _limit(self, seconds: list[float]) -> float:
+        """How long a task may take, after what others took on workers of the same class."""
+        if self._settings.deadline_seconds is not None:
+            return self._settings.deadline_seconds
+        return max(300.0, 20 * statistics.median(seconds)) if seconds else 3600.0
 
     def _facts(self, worker: Hired, job: _Job | None) -> dict[str, Any]:
         about = self._describe(job.task) if job else {}
@@ -173,7 +174,7 @@ class RayRun:
             return None
         self._idle.append(worker)
         seconds = time.monotonic() - flight.began
-        self._seconds.append(seconds)
+        self._seconds[worker.kind].append(seconds)
         done: Outcome[Any, Any] = reply.outcome(flight.job.task, flight.job.attempts)
         self._meters.count(done, self._describe(done.task).get("tokens", 0), seconds)
         return done
@@ -184,8 +185,6 @@ class RayRun:
         self._meters.lose()
         self._places.refuse(worker.node, error)
         self._on_event("worker_refused", {"kind": "NumericsError", "message": str(error), **self._facts(worker, None)})
-        if not self._flights and not self._idle:
-            self._start()
 
     def _lost(self, flight: _Flight, kind: str, message: str) -> Outcome[Any, Any] | None:
         """A worker is gone or must go: replace it, and give its task another chance if it has one."""
@@ -197,8 +196,6 @@ class RayRun:
             if self._failed_starts >= _MAX_FAILED_STARTS:
                 raise CensusError(f"workers die while they start ({kind}: {message}); is there memory for the model?")
         self._on_event("worker_lost", {"kind": kind, "message": message, **self._facts(flight.worker, job)})
-        if not self._flights and not self._idle:
-            self._start()
         if job is None:
             return None
         if job.attempts >= self._settings.max_attempts:
