@@ -1,6 +1,6 @@
 """The sections that jobs share: every key, its default and its meaning."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, StringConstraints, model_validator
 
@@ -167,6 +167,16 @@ class WorkerClass(Section):
     """What else it takes of a node: custom resources of Ray, by name."""
     labels: dict[str, Label] = {}
     """Labels that its node must have, as `ray start --labels` or Ray itself gave them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _same_threads(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "threads_per_worker" in given:
+            raise ValueError(
+                "all classes compute with cluster.threads_per_worker threads, because threads are a part of the "
+                "measure; leave it out of cluster.classes"
+            )
+        return given
 
     @model_validator(mode="after")
     def _custom_only(self) -> "WorkerClass":
