@@ -21,6 +21,7 @@ from pipeline.flows.catalog import Catalog
 
 pytestmark = pytest.mark.ray
 HEAD, OTHER, PORT = "10.213.7.1", "10.213.7.2", 6399
+NAMES = [f"census{os.getpid()}{side}" for side in "ab"]
 _QUICK = {
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "500",
@@ -35,17 +36,16 @@ class Wire:
     """Two network namespaces, and the cable between them; the head is in the first."""
 
     def __init__(self) -> None:
-        self.names = [f"census{os.getpid()}{side}" for side in "ab"]
-        self._folder = Path(tempfile.mkdtemp(prefix="ns", dir="/tmp"))  # paths of sockets must be short
         self._nodes: list[subprocess.Popen[bytes]] = []
-        a, b = self.names
-        for name in self.names:
+        a, b = NAMES
+        for name in NAMES:
             ip("netns", "add", name)
             ip("-n", name, "link", "set", "lo", "up")
         ip("link", "add", "cable", "netns", a, "type", "veth", "peer", "name", "cable", "netns", b)
         for name, address in ((a, HEAD), (b, OTHER)):
             ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
             ip("-n", name, "link", "set", "cable", "up")
+        self._folder = Path(tempfile.mkdtemp(prefix="ns", dir="/tmp"))  # paths of sockets must be short
         here = Path(__file__).resolve().parent
         self._environment = os.environ | _QUICK | {"PYTHONPATH": f"{here.parent}:{here}"}
 
@@ -53,7 +53,7 @@ class Wire:
         """A process group in one of the namespaces."""
         with (self._folder / "log.txt").open("ab") as log:
             return subprocess.Popen(
-                ["ip", "netns", "exec", self.names[side], *command],
+                ["ip", "netns", "exec", NAMES[side], *command],
                 env=self._environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -77,7 +77,7 @@ class Wire:
         return node
 
     def cable(self, state: str) -> None:
-        ip("-n", self.names[1], "link", "set", "cable", state)
+        ip("-n", NAMES[1], "link", "set", "cable", state)
 
     def log(self) -> str:
         path = self._folder / "log.txt"
@@ -88,9 +88,13 @@ class Wire:
             node.send_signal(signal.SIGTERM)  # it ends what it has started
         for node in self._nodes:
             node.wait(60)
-        for name in self.names:
-            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+        forget()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def forget() -> None:
+    for name in NAMES:
+        subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
 
 def ip(*words: str) -> None:
@@ -104,6 +108,7 @@ def wire() -> Iterator[Wire]:
     except FileNotFoundError:
         pytest.skip("iproute2 is not installed: no network namespaces")
     except subprocess.CalledProcessError as error:
+        forget()
         pytest.skip(f"this machine allows no network namespaces ({error.stderr.strip()}); be root, with CAP_NET_ADMIN")
     try:
         yield made
