@@ -27,7 +27,7 @@ def text(run: RunStatus, now: float) -> str:
     where = f" on {run.host}" if run.host else ""
     lines = [
         f"run {run.run_id}: {run.state}{_ending(run, now)}",
-        f"  catalog    {run.catalog}, measure {run.measure_id}, started {_clock(run.began_at)}{where}",
+        f"  catalog    {run.catalog}, started {_clock(run.began_at)}{where}",
         f"  stage      {run.stage or 'planning'} {run.stage_done}/{run.stage_total}",
     ]
     if run.shards_planned:
@@ -50,7 +50,8 @@ def _ending(run: RunStatus, now: float) -> str:
         case "running":
             return f", last seen {max(0.0, now - run.seen_at):.0f} s ago"
         case "finished":
-            return f" after {run.seen_at - run.began_at:.0f} s, snapshot {run.snapshot}"
+            what = "partials only" if run.snapshot is None else f"snapshot {run.snapshot}"
+            return f" after {run.seen_at - run.began_at:.0f} s, {what}"
         case "silent":
             return f", no sign of life for {now - run.seen_at:.0f} s; the same command goes on where it stopped"
     return f" after {run.seen_at - run.began_at:.0f} s: {printable(run.reason)}"

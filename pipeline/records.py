@@ -54,8 +54,8 @@ class SourceRecord(_Record):
     """Bad records by reason."""
 
 
-class Part(_Record):
-    """One object of a partial."""
+class Stored(_Record):
+    """An object of the store."""
 
     key: str
     sha256: str
@@ -63,17 +63,17 @@ class Part(_Record):
 
 
 class Receipt(_Record):
-    """The commit record of a partial: written last, names its bytes."""
+    """The commit record of a partial, one shard under one measure: written last, names its bytes."""
 
     shard: ShardRecord
     measure_id: str
-    parts: tuple[Part, ...]
-    tokens: dict[str, dict[str, int]]
-    """By hook point: counted tokens, and those that each mask rule excluded; padding included."""
-    contexts: dict[str, int]
-    """By hook point: contexts with at least one counted token."""
-    documents: dict[str, dict[str, int]]
-    """By hook point: documents with at least one counted token, and the sum over documents of (counted tokens)²."""
+    partial: Stored
+    tokens: dict[str, int]
+    """Counted tokens, and those that each mask rule excluded; padding included."""
+    contexts: int
+    """With at least one counted token."""
+    documents: dict[str, int]
+    """Documents with at least one counted token, and the sum over documents of (counted tokens)²."""
     ran: dict[str, Any]
     """Host, time, seconds and the machine's numerics; decides nothing."""
 

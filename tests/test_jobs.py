@@ -5,7 +5,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -111,16 +110,16 @@ def test_failed_shards_are_listed_the_rest_is_safe_and_the_exit_code_says_so(
     run: Run, base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.errors import ShardError
-    from pipeline.steps.shard import Analyzer
+    from pipeline.steps.shard import Analyzer, ShardTask
 
     honest = Analyzer.run
     refused: list[str] = []
 
-    def refuse_one(self: Analyzer, shard: Any) -> Receipt:
-        if not refused or shard.shard_id in refused:
-            refused.append(shard.shard_id)
+    def refuse_one(self: Analyzer, task: ShardTask) -> tuple[Receipt, ...]:
+        if not refused or task.shard.shard_id in refused:
+            refused.append(task.shard.shard_id)
             raise ShardError("activations at blocks.1 are NaN at context 0, position 3")
-        return honest(self, shard)
+        return honest(self, task)
 
     monkeypatch.setattr(Analyzer, "run", refuse_one)
     code, _, err = run("analyze", *base)
@@ -220,7 +219,7 @@ def test_sources_may_be_many_or_named(run: Run, base: list[str], corpus_dir: Pat
 
 def test_events_of_a_run_are_json_lines(run: Run, base: list[str], tmp_path: Path) -> None:
     run("analyze", *base)
-    lines = next(tmp_path.glob("runs/measures/*/events/*.jsonl")).read_text().splitlines()
+    lines = next(tmp_path.glob("runs/events/*.jsonl")).read_text().splitlines()
     kinds = [json.loads(line)["event"] for line in lines]
     assert kinds[0] == "run"
     assert kinds[-1] == "done"

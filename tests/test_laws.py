@@ -225,6 +225,25 @@ def test_moving_the_corpus_the_model_and_the_saes_changes_nothing(toy, toy_corpu
     assert {kind: files_of(tmp_path / "runs", kind) for kind in before} == before
 
 
+def test_saes_another_one_costs_only_itself_and_each_alone_is_what_it_is_among_others(toy, sae_dirs, tmp_path):
+    def only(*names: str, root: str = "runs", name: str = "one") -> AnalyzeConfig:
+        saes = [{"path": str(sae_dirs[sae])} for sae in names]
+        return toy(tmp_path / root, saes=saes, catalog={"name": name})
+
+    run(only("late"))
+    before = {kind: files_of(tmp_path / "runs", kind) for kind in ("shards", "partials", "receipts")}
+    both = run(only("early", "late", name="both"))
+    after = {kind: files_of(tmp_path / "runs", kind) for kind in before}
+    assert after["shards"] == before["shards"]
+    for kind in ("partials", "receipts"):
+        assert before[kind].items() < after[kind].items()
+        assert len(after[kind]) == 2 * len(before[kind])
+    early = run(only("early", name="early"))
+    assert {kind: files_of(tmp_path / "runs", kind) for kind in before} == after
+    assert early.catalog.digest == run(only("early", root="alone", name="early")).catalog.digest
+    assert both.catalog.digest == run(only("late", "early", root="scratch", name="both")).catalog.digest
+
+
 @pytest.mark.parametrize(
     ("overrides", "field"),
     [

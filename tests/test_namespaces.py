@@ -125,7 +125,7 @@ def drive(config: str, gate: str) -> None:
 def nodes_at_work(root: Path, driver: subprocess.Popen[bytes], wire: Wire, enough: Callable[[set[str]], bool]) -> None:
     """Wait until shards have begun on enough nodes."""
     while True:
-        lines = [line for path in root.glob("measures/*/events/*.jsonl") for line in path.read_text().splitlines()]
+        lines = [line for path in root.glob("events/*.jsonl") for line in path.read_text().splitlines()]
         if enough({line.split('"node": "')[1].split('"')[0] for line in lines if '"task_started"' in line}):
             return
         assert driver.poll() is None, wire.log()

@@ -161,7 +161,7 @@ def test_a_run_outlives_a_node_uses_one_that_joins_and_gives_the_catalog_of_one_
     assert (run.state, run.shards_done, run.failures) == ("finished", run.shards_planned, ())
     lost = [item.shard_id for item in run.lost if item.shard_id]
     assert lost
-    events = [line for path in root.glob("measures/*/events/*.jsonl") for line in path.read_text().splitlines()]
+    events = [line for path in root.glob("events/*.jsonl") for line in path.read_text().splitlines()]
     again = [line for line in events if '"task_started"' in line and lost[0] in line]
     assert len(again) == 2
     assert gone.node_id in again[0]
@@ -189,7 +189,7 @@ def test_a_run_that_began_on_two_nodes_ends_on_the_one_that_is_left(
         done = future.result()
     cluster.remove_node(left)
     assert done.catalog.digest == whole
-    events = [line for path in root.glob("measures/*/events/*.jsonl") for line in path.read_text().splitlines()]
+    events = [line for path in root.glob("events/*.jsonl") for line in path.read_text().splitlines()]
     lost = next(i for i, line in enumerate(events) if '"worker_lost"' in line and gone.node_id in line)
     after = [line for line in events[lost:] if '"task_started"' in line]
     assert after
@@ -212,7 +212,7 @@ def gated(gate: Path) -> type[AnalysisSession]:
 def nodes_at_work(root: Path, run: Future[Any], enough: Callable[[set[str]], bool]) -> set[str]:
     """Nodes on which a shard of the run has begun, as soon as they are enough."""
     while not run.done():
-        lines = [line for path in root.glob("measures/*/events/*.jsonl") for line in path.read_text().splitlines()]
+        lines = [line for path in root.glob("events/*.jsonl") for line in path.read_text().splitlines()]
         nodes = {line.split('"node": "')[1].split('"')[0] for line in lines if '"task_started"' in line}
         if enough(nodes):
             return nodes

@@ -409,7 +409,7 @@ LOADED_DECIDES = {
 
 OPERATIONS = [
     ("POST", URL), ("GET", "/v1/health"), ("GET", "/v1/catalogs"), ("GET", "/v1/catalogs/{name}/features"),
-    ("GET", "/v1/catalogs/{name}/features/{key}"), ("GET", "/v1/catalogs/{name}/search"),
+    ("GET", "/v1/catalogs/{name}/features/{key}"), ("GET", "/v1/catalogs/{name}/search"), ("GET", "/v1/status"),
 ]  # fmt: skip
 
 

@@ -19,6 +19,8 @@ from pipeline.config.sweep import AlertConfig, EntryConfig
 from pipeline.errors import ConfigError
 from pipeline.flows.sweep import is_due, sweep
 from pipeline.io import tables
+from pipeline.records import Receipt
+from pipeline.steps.shard import Analyzer, ShardTask
 
 MONDAY = datetime(2026, 3, 2, 3, 0, tzinfo=UTC)
 MOMENTS = st.datetimes(datetime(2025, 1, 1), datetime(2027, 1, 1)).map(lambda moment: moment.replace(tzinfo=UTC))
@@ -115,6 +117,45 @@ def test_three_weeks_with_text_arriving_in_between(tmp_path: Path, weekly: Calla
     ledger = tables.read(tmp_path / "store" / "sweeps" / "sweeps.parquet").to_pylist()
     assert [row["status"] for row in ledger] == ["done", "unchanged", "done"]
     assert ledger[2]["digest"] == grown.digest
+
+
+def test_entries_that_differ_in_their_saes_share_forward_passes(
+    tmp_path: Path, weekly: Callable[..., SweepConfig], sae_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each shard is read once, and each entry's catalog is what it is alone."""
+    passes: list[str] = []
+    honest = Analyzer.run
+
+    def counted(self: Analyzer, task: ShardTask) -> tuple[Receipt, ...]:
+        passes.append(task.shard.shard_id)
+        return honest(self, task)
+
+    monkeypatch.setattr(Analyzer, "run", counted)
+    saes = {name: {"saes": [{"path": str(path), "name": "mine"}]} for name, path in sae_dirs.items()}
+    config = weekly(**{name: {"every": "1w", "config": keys} for name, keys in saes.items()})
+    said: list[str] = []
+    runs = sweep(config, MONDAY, said.append)
+    assert [(run.entry, run.status) for run in runs] == [("early", "done"), ("late", "done")]
+    assert len(passes) == len(set(passes)) > 3
+    assert "early, late: share their forward passes" in said
+    together, passes[:] = {run.entry: run.digest for run in runs}, []
+    assert sweep(config, MONDAY + timedelta(days=7), said.append)[0].status == "unchanged"
+    assert passes == []
+    for name in sae_dirs:
+        alone = config.model_dump() | {"store": {"root": str(tmp_path / name)}, "only": (name,)}
+        (run,) = sweep(SweepConfig.model_validate(alone), MONDAY, said.append)
+        assert run.digest == together[name]
+
+
+def test_entries_that_cannot_share_run_each_alone(
+    tmp_path: Path, weekly: Callable[..., SweepConfig], sae_dirs: dict[str, Path]
+) -> None:
+    bad = {"every": "1w", "config": {"saes": [{"path": str(tmp_path / "no_sae")}]}}
+    good = {"every": "1w", "config": {"saes": [{"path": str(sae_dirs["late"])}]}}
+    said: list[str] = []
+    runs = sweep(weekly(bad=bad, good=good), MONDAY, said.append)
+    assert [(run.entry, run.status) for run in runs] == [("bad", "failed"), ("good", "done")]
+    assert any(line.startswith("bad, good: cannot share") for line in said)
 
 
 def test_a_failed_entry_stops_no_other_and_is_tried_again(tmp_path: Path, weekly: Callable[..., SweepConfig]) -> None:

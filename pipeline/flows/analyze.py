@@ -7,32 +7,32 @@ work in the store under names made of content, so a run that died is resumed by 
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from typing import Any
-
-import numpy as np
 
 from pipeline.config import AnalyzeConfig
 from pipeline.errors import CensusError, CheckpointError, SourceError
 from pipeline.flows.attribute import write_logits
 from pipeline.flows.catalog import Catalog
 from pipeline.flows.identity import find_config_sources, identify
+from pipeline.flows.reduction import Chosen, reduce
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.model import choose_device
-from pipeline.records import Failure, Receipt, ShardRecord, SourceRecord, canonical
-from pipeline.steps import layout, plan, preflight, publish, ranges
+from pipeline.records import Failure, ShardRecord, SourceRecord, canonical
+from pipeline.steps import layout, plan, preflight, publish
 from pipeline.steps.cluster import connected, run_tasks
 from pipeline.steps.logits import LogitSettings
-from pipeline.steps.outcomes import Outcome, in_order, result_of
+from pipeline.steps.outcomes import Outcome, result_of
 from pipeline.steps.partial import RangeTask
 from pipeline.steps.preflight import FitProbe
 from pipeline.steps.prepare import Preparer, PrepareSettings, choose_shards, read_settings
 from pipeline.steps.progress import Voice
 from pipeline.steps.session import AnalysisSession
-from pipeline.steps.shard import sample_sizes
+from pipeline.steps.shard import ShardTask, sample_sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +59,28 @@ def analyze(config: AnalyzeConfig, say: Callable[[str], None] | None = None) -> 
         UserError: if the user must change something; nothing that was finished is lost.
     """
     run = _Run(config, say)
-    with run.voice.running(run.about()), connected(config.cluster):
-        records = run.prepare()
-        shards = choose_shards(records, config.corpus.max_tokens)
-        receipts, failures = run.map(shards)
+    plan.check_claim(run.blobs, config.catalog.name, run.identity.fields)
+    with run.running(config.catalog.name):
+        records, receipts, failures = run.fill()
+        plan.claim(run.blobs, config.catalog.name, run.identity.fields)
         return run.reduce(records, receipts, failures)
+
+
+def fill(config: AnalyzeConfig, names: Sequence[str], say: Callable[[str], None] | None = None) -> None:
+    """Analyse all shards and publish nothing: whoever asks for one of these SAEs finds its partials done.
+
+    Args:
+        config: with the SAEs of all who share the model, the corpus and the settings.
+        names: of the catalogs that this is for.
+        say: as for `analyze`.
+
+    Raises:
+        UserError: if the user must change something.
+    """
+    run = _Run(config, say)
+    with run.running("+".join(names)):
+        run.fill()
+        run.voice.event("done", {"snapshot": None, "is_new": False})
 
 
 class _Run:
@@ -73,26 +90,33 @@ class _Run:
         self.config = config
         self.identity = identify(config)
         self.blobs = LocalBlobs(config.store.root)
-        plan.check_claim(self.blobs, config.catalog.name, self.identity.fields)
         self.run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
-        self.voice = Voice(self.blobs, layout.events(self.identity.measure_id, self.run_id), say)
+        self.voice = Voice(self.blobs, layout.events(self.run_id), say)
         self.seconds: dict[str, float] = {}
-        preparation_id, measure_id = self.identity.preparation_id, self.identity.measure_id
-        self.blobs.put_if_absent(layout.preparation(preparation_id), canonical(self.identity.preparation))
-        self.blobs.put_if_absent(layout.measure(measure_id), canonical(self.manifest()))
 
-    def about(self) -> dict[str, Any]:
-        """What `jobs.status` tells of a run that has just begun."""
+    @contextmanager
+    def running(self, catalog: str) -> Iterator[None]:
+        """The time of the run; `jobs.status` is told of it."""
+        self._describe()
         cluster = self.config.cluster
-        return {"catalog": self.config.catalog.name, "workers": cluster.num_workers, "address": cluster.address}
+        about = {"catalog": catalog, "workers": cluster.num_workers, "address": cluster.address}
+        with self.voice.running(about), connected(cluster):
+            yield
 
-    def manifest(self) -> dict[str, Any]:
-        """What `jobs.verify` needs to recompute a shard."""
-        return {
-            "fields": self.identity.measure,
-            "preparation_id": self.identity.preparation_id,
-            "config": self.config.model_dump(mode="json"),
-        }
+    def _describe(self) -> None:
+        """Write what preparation and measures are, for whoever finds them."""
+        config, identity = self.config, self.identity
+        self.blobs.put_if_absent(layout.preparation(identity.preparation_id), canonical(identity.preparation))
+        measures = plan.measures(identity.measure)
+        made = {"preparation_id": identity.preparation_id, "config": config.model_dump(mode="json")}
+        for site in identity.saes:
+            manifest = {"fields": measures[str(site)], **made}
+            self.blobs.put_if_absent(layout.measure(identity.measure_ids[site]), canonical(manifest))
+
+    def fill(self) -> tuple[list[SourceRecord], plan.Receipts, list[Failure]]:
+        """Prepare and map."""
+        records = self.prepare()
+        return records, *self.map(choose_shards(records, self.config.corpus.max_tokens))
 
     def prepare(self) -> list[SourceRecord]:
         """Every source as shards, in the order of sources."""
@@ -133,54 +157,58 @@ class _Run:
         if dropped:
             self.voice.say(f"{dropped.total()} records are not used ({reasons}); they are listed in {where}")
 
-    def map(self, shards: list[ShardRecord]) -> tuple[list[Receipt], list[Failure]]:
-        """A receipt for every shard, from an earlier run or this one, sorted by shard; and what failed."""
-        measure_id = self.identity.measure_id
-        known = {s.shard_id: plan.find_receipt(self.blobs, measure_id, s) for s in shards}
-        receipts = {shard_id: receipt for shard_id, receipt in known.items() if receipt is not None}
-        left = [shard for shard in shards if shard.shard_id not in receipts]
-        if receipts:
-            self.voice.say(f"{len(receipts)} of {len(shards)} shards are already done")
-        num_features = [loaded.sae.num_features for loaded in self.identity.saes.values()]
-        cost = plan.estimate(shards, len(receipts), left, sample_sizes(self.config.sampling), num_features)
-        if cost.partial_bytes > self.blobs.free_bytes():
-            self.voice.say(
-                f"warning: the partials may need {cost.partial_bytes >> 20} MiB, and {self.blobs.root} has "
-                f"{self.blobs.free_bytes() >> 20} MiB left"
-            )
-        intent = {"left": {s.shard_id: s.num_tokens for s in left}}
-        self.blobs.put(layout.run_plan(measure_id, self.run_id), canonical(intent))
-        done_tokens = sum(receipt.shard.num_tokens for receipt in receipts.values())
-        self.voice.event("plan", {"done": len(receipts), "done_tokens": done_tokens})
-        make = partial(AnalysisSession, self.config, self.identity.preparation_id, measure_id, self.identity.numerics)
+    def map(self, shards: list[ShardRecord]) -> tuple[plan.Receipts, list[Failure]]:
+        """The receipts of all shards that have one for every SAE, from earlier runs or this one; and what failed."""
+        identity, cluster = self.identity, self.config.cluster
+        receipts, left = plan.look(self.blobs, identity.measure_ids, shards)
+        self._tell_plan(shards, left)
+        make = partial(AnalysisSession, self.config, identity.preparation_id, identity.measure_ids, identity.numerics)
         asked = self.config.preflight != "off" and bool(left)
-        failures = []
-        probe = FitProbe(shards=_spread(left)) if asked else None
         outcomes: Iterator[Outcome[Any, Any]] = run_tasks(
             make,
             left,
-            self.config.cluster,
-            probe=probe,
+            cluster,
+            probe=FitProbe(shards=_spread([task.shard for task in left])) if asked else None,
             judge=self._judge,
             needs_gpu=choose_device(self.config.model.device).type == "cuda",
             on_event=self.voice.event,
             describe=_about_task,
             stage="analyze",
         )
+        failures = []
         with self.voice.stage("analyze", len(left), "tokens") as stage:
             for outcome in outcomes:
-                if isinstance(outcome.result, Receipt):
-                    receipts[outcome.task.shard_id] = outcome.result
-                    ran = outcome.result.ran
-                    self.voice.event("shard_done", {"shard_id": outcome.task.shard_id, **ran})
-                else:
+                task: ShardTask = outcome.task
+                if outcome.result is None:
                     failures.append(self._quarantine(outcome))
-                stage.advance(outcome.task.num_tokens)
+                else:
+                    for site, receipt in zip(task.sites, outcome.result, strict=True):
+                        receipts[site][task.shard.shard_id] = receipt
+                        self.blobs.delete(layout.failure(receipt.measure_id, task.shard.shard_id))
+                    self.voice.event("shard_done", {"shard_id": task.shard.shard_id, **outcome.result[0].ran})
+                stage.advance(task.shard.num_tokens)
         self.seconds["analyze"] = stage.seconds
-        plan.claim(self.blobs, self.config.catalog.name, self.identity.fields)
-        for shard_id in receipts:
-            self.blobs.delete(layout.failure(measure_id, shard_id))
-        return [receipts[key] for key in sorted(receipts)], failures
+        for failure in failures:
+            for found in receipts.values():
+                found.pop(failure.shard.shard_id, None)
+        return receipts, failures
+
+    def _tell_plan(self, shards: list[ShardRecord], left: list[ShardTask]) -> None:
+        """Say what is done already, what is left, and whether there is room for it."""
+        if len(left) < len(shards):
+            self.voice.say(f"{len(shards) - len(left)} of {len(shards)} shards are already done")
+        num_features = {site: loaded.sae.num_features for site, loaded in self.identity.saes.items()}
+        cost = plan.estimate(shards, left, sample_sizes(self.config.sampling), num_features)
+        if cost.partial_bytes > self.blobs.free_bytes():
+            self.voice.say(
+                f"warning: the partials may need {cost.partial_bytes >> 20} MiB, and {self.blobs.root} has "
+                f"{self.blobs.free_bytes() >> 20} MiB left"
+            )
+        tokens = {task.shard.shard_id: task.shard.num_tokens for task in left}
+        intent = {"left": tokens, "measures": sorted(self.identity.measure_ids.values())}
+        self.blobs.put(layout.run_plan(self.run_id), canonical(intent))
+        done_tokens = sum(shard.num_tokens for shard in shards) - sum(tokens.values())
+        self.voice.event("plan", {"done": cost.num_done, "done_tokens": done_tokens})
 
     def _judge(self, outcome: Outcome[Any, Any]) -> None:
         """Say how well the SAEs fit, and refuse if asked to."""
@@ -196,63 +224,46 @@ class _Run:
             self.voice.say(f"warning: {complaint}")
 
     def _quarantine(self, outcome: Outcome[Any, Any]) -> Failure:
+        task: ShardTask = outcome.task
         failure = Failure(
-            shard=outcome.task,
+            shard=task.shard,
             kind=outcome.kind,
             message=outcome.message,
             attempts=outcome.attempts,
             details=outcome.details,
         )
-        self.blobs.put(layout.failure(self.identity.measure_id, failure.shard.shard_id), failure.to_bytes())
+        for site in task.sites:
+            key = layout.failure(self.identity.measure_ids[site], failure.shard.shard_id)
+            self.blobs.put(key, failure.to_bytes())
         self.voice.quarantined += 1
         why = {"kind": failure.kind, "message": failure.message, "attempts": failure.attempts}
         self.voice.event("quarantined", {"shard_id": failure.shard.shard_id, **why})
         self.voice.say(f"shard {failure.shard.shard_id} is left out: {failure.kind}: {failure.message}")
         return failure
 
-    def reduce(self, records: list[SourceRecord], receipts: list[Receipt], failures: list[Failure]) -> Analysis:
+    def reduce(self, records: list[SourceRecord], receipts: plan.Receipts, failures: list[Failure]) -> Analysis:
         """Merge the partials into a published snapshot."""
-        if not receipts:
+        if not all(receipts.values()):
             reasons = sorted({f"{f.kind}: {f.message}" for f in failures})
             more = f" (and {len(reasons) - 3} more reasons)" if len(reasons) > 3 else ""
             raise CensusError(f"none of {len(failures)} shards could be analysed: {'; '.join(reasons[:3])}{more}")
-        config, identity = self.config, self.identity
-        sites = tuple(identity.saes)
-        settings = ranges.ReduceSettings(
-            root=config.store.root,
-            preparation_id=identity.preparation_id,
-            model=config.model,
-            sampling=config.sampling,
-            sites=sites,
-            receipts=tuple(receipts),
-        )
-        todo = ranges.tasks([identity.saes[site].sae.num_features for site in sites])
-        norms = {site: loaded.sae.decoder_norms().numpy() for site, loaded in identity.saes.items()}
-        with publish.Draft(self.blobs, sites, norms) as draft:
-            attributed = self._attribute(draft, todo)
-            with self.voice.stage("reduce", len(todo), "features") as stage:
-                outcomes = run_tasks(
-                    partial(ranges.Reducer, settings), todo, config.cluster, on_event=self.voice.event, stage="reduce"
-                )
-
-                def results() -> Iterator[ranges.RangeResult]:
-                    for outcome in in_order(todo, outcomes):
-                        stage.advance(outcome.task.num_features)
-                        yield result_of(outcome, f"features {outcome.task.start} to {outcome.task.stop}")
-
-                with self.blobs.writing():
-                    draft.write(results(), config.ranking.score, receipts)
-            facts = self._facts(records, receipts, failures) | attributed
-            volatile = {
-                "made_at": time.time(),
-                "config": config.model_dump(mode="json"),
-                "numerics": identity.numerics_of(receipts),
+        chosen = Chosen(
+            config=self.config,
+            identity=self.identity.fields,
+            decoder_norms={site: loaded.sae.decoder_norms().numpy() for site, loaded in self.identity.saes.items()},
+            receipts=receipts,
+            sources=[_about_source(record) for record in records],
+            missing=[failure.shard.shard_id for failure in failures],
+            weights={},
+            volatile={
+                "config": self.config.model_dump(mode="json"),
+                "numerics": self.identity.numerics_of(each for found in receipts.values() for each in found.values()),
                 "seconds": self.seconds,
-            }
-            number, _, is_new = draft.publish(config.catalog.name, facts, volatile)
-        self.seconds["reduce"] = stage.seconds
-        self.voice.event("done", {"snapshot": number, "is_new": is_new})
-        catalog = Catalog(config.store.root, config.catalog.name, number)
+            },
+        )
+        began = time.monotonic()
+        catalog, is_new = reduce(chosen, self.voice, self._attribute)
+        self.seconds["reduce"] = time.monotonic() - began - self.seconds.get("logits", 0)
         return Analysis(catalog=catalog, is_new=is_new, failures=tuple(failures), seconds=self.seconds)
 
     def _attribute(self, draft: publish.Draft, todo: list[RangeTask]) -> dict[str, Any]:
@@ -265,47 +276,6 @@ class _Run:
         with self.blobs.writing():
             facts, self.seconds["logits"] = write_logits(draft.folder, settings, todo, config.cluster, self.voice)
         return {"logits": facts}
-
-    def _facts(self, records: list[SourceRecord], receipts: list[Receipt], failures: list[Failure]) -> dict[str, Any]:
-        """The part of the manifest that belongs to the content."""
-        config = self.config
-        tokens: dict[str, Counter[str]] = {}
-        slices: dict[str, Counter[str]] = {}
-        for receipt in receipts:
-            for point, books in receipt.tokens.items():
-                tokens.setdefault(point, Counter()).update(books)
-            here = slices.setdefault(receipt.shard.slice, Counter())
-            here.update(
-                shards=1,
-                contexts=receipt.shard.num_contexts,
-                tokens=receipt.shard.num_tokens,
-            )
-        dropped: Counter[str] = Counter()
-        for record in records:
-            dropped.update(record.dropped)
-        fits = {
-            str(site): publish.merged_fit(self.blobs, index, receipts)[1]
-            for index, site in enumerate(self.identity.saes)
-        }
-        return {
-            "identity": self.identity.fields,
-            "measure_id": self.identity.measure_id,
-            "preparation_id": self.identity.preparation_id,
-            "ranking": config.ranking.model_dump(mode="json"),
-            "span_groups": ranges.group_names(config.sampling),
-            "shards": [receipt.shard.model_dump(mode="json") for receipt in receipts],
-            "coverage": {
-                "complete": not failures,
-                "missing": [failure.shard.shard_id for failure in failures],
-                "shards": len(receipts),
-                "slices": {name: dict(counts) for name, counts in sorted(slices.items())},
-                "tokens": {point: dict(books) for point, books in sorted(tokens.items())},
-                "records_dropped": dict(sorted(dropped.items())),
-                "tokens_truncated": sum(record.tokens_truncated for record in records),
-                "sources": [record.names for record in records],
-            },
-            "fraction_of_variance_unexplained": {k: None if np.isnan(v) else v for k, v in fits.items()},
-        }
 
 
 def _spread(shards: list[ShardRecord]) -> tuple[ShardRecord, ...]:
@@ -321,5 +291,17 @@ def _spread(shards: list[ShardRecord]) -> tuple[ShardRecord, ...]:
     return tuple(chosen)
 
 
-def _about_task(task: ShardRecord | FitProbe) -> dict[str, Any]:
-    return {"shard_id": task.shard_id, "tokens": task.num_tokens} if isinstance(task, ShardRecord) else {}
+def _about_task(task: ShardTask | FitProbe) -> dict[str, Any]:
+    return {} if isinstance(task, FitProbe) else {"shard_id": task.shard.shard_id, "tokens": task.shard.num_tokens}
+
+
+def _about_source(record: SourceRecord) -> dict[str, Any]:
+    """What a manifest says of a source."""
+    return {
+        "source_id": record.source_id,
+        "slice": record.slice,
+        "names": list(record.names),
+        "shards": [shard.shard_id for shard in record.shards],
+        "records_dropped": record.dropped,
+        "tokens_truncated": record.tokens_truncated,
+    }

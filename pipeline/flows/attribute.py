@@ -114,7 +114,7 @@ def _to_catalog(config: AttributeConfig, name: str, say: Callable[[str], None] |
     kept = {file: facts for file, facts in old.manifest["files"].items() if file not in (LOGITS, MOMENTS)}
     with publish.Draft(blobs, (), {}) as draft:
         draft.copy(old.folder, kept)
-        voice = Voice(blobs, layout.events(old.manifest["measure_id"], f"attribute-{uuid.uuid4().hex}"), say)
+        voice = Voice(blobs, layout.events(f"attribute-{uuid.uuid4().hex}"), say)
         with blobs.writing():
             facts, seconds = write_logits(draft.folder, _settings(config), todo, config.cluster, voice)
         if publish.snapshots(blobs, name)[-1] != old.number:

@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.io import store, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import ShardRecord
-from pipeline.steps import layout, publish
+from pipeline.steps import layout, plan, publish
 from pipeline.steps.logits import LOGITS, MOMENTS
 from pipeline.steps.reader import load_saes
 from pipeline.steps.stored_codes import StoredCodes, coactive
@@ -252,7 +252,8 @@ class Catalog:
 
     def _stored(self, hook_point: str, sae: str) -> StoredCodes:
         shards = [ShardRecord.model_validate(shard) for shard in self.manifest["shards"]]
-        return StoredCodes(self._blobs, self.manifest["measure_id"], shards, f"{hook_point}/{sae}")
+        measure_id = plan.measure_ids(self.manifest["identity"]["measure"])[f"{hook_point}/{sae}"]
+        return StoredCodes(self._blobs, measure_id, shards)
 
     def statistics(self, hook_point: str, sae: str) -> dict[str, np.ndarray]:
         """The arrays of one SAE: counts, fixed-point sums, histogram with its edges.

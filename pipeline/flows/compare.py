@@ -121,9 +121,8 @@ def _pairing(a: Side, b: Side, site: SiteKey, sums: SiteSums) -> Pairing:
     if not _is_paired(a, b):
         return Pairing(counts=None, codes=None)
     counts, codes = pairs.products(
-        a.measured,
-        b.measured,
-        site,
+        a.measured(site),
+        b.measured(site),
         preparation_id=a.catalog.manifest["preparation_id"],
         shard_ids=a.shard_ids,
         num_features=len(sums.counts.value),

@@ -38,9 +38,10 @@ class Identity:
         return digest_of(self.preparation)
 
     @property
-    def measure_id(self) -> str:
-        """Names the folder of partials."""
-        return digest_of(self.measure)
+    def measure_ids(self) -> dict[SiteKey, str]:
+        """Name the folders of partials."""
+        by_name = plan.measure_ids(self.measure)
+        return {site: by_name[str(site)] for site in self.saes}
 
     @property
     def fields(self) -> dict[str, Any]:

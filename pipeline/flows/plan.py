@@ -6,7 +6,6 @@ from pathlib import Path
 from pipeline.config import AnalyzeConfig
 from pipeline.flows.identity import find_config_sources, identify
 from pipeline.io.blobs import LocalBlobs
-from pipeline.records import Receipt, ShardRecord
 from pipeline.steps import plan
 from pipeline.steps.prepare import choose_shards, find_source, read_settings
 from pipeline.steps.shard import sample_sizes
@@ -26,7 +25,7 @@ class Plan:
     cost: plan.Cost
     """Of the shards that are already prepared."""
     tokens_per_second: float | None
-    """Of one worker, from the receipts of this measure; None before there are any."""
+    """Of one worker, from the receipts of the first SAE; None before there are any."""
     free_bytes: int
     """On the disk of the store."""
 
@@ -50,22 +49,16 @@ def make_plan(config: AnalyzeConfig) -> Plan:
         else:
             records.append(found)
     shards = choose_shards(records, config.corpus.max_tokens)
-    receipts: list[Receipt] = []
-    left: list[ShardRecord] = []
-    for shard in shards:
-        receipt = plan.find_receipt(blobs, identity.measure_id, shard)
-        if receipt is None:
-            left.append(shard)
-        else:
-            receipts.append(receipt)
-    num_features = [loaded.sae.num_features for loaded in identity.saes.values()]
-    seconds = sum(receipt.ran["seconds"] for receipt in receipts)
-    rate = sum(receipt.shard.num_tokens for receipt in receipts) / seconds if seconds else None
+    receipts, left = plan.look(blobs, identity.measure_ids, shards)
+    done = list(next(iter(receipts.values())).values())
+    num_features = {site: loaded.sae.num_features for site, loaded in identity.saes.items()}
+    seconds = sum(receipt.ran["seconds"] for receipt in done)
+    rate = sum(receipt.shard.num_tokens for receipt in done) / seconds if seconds else None
     return Plan(
         num_sources=len(sources),
         num_prepared=len(records),
         unprepared_tokens=unprepared,
-        cost=plan.estimate(shards, len(receipts), left, sample_sizes(config.sampling), num_features),
+        cost=plan.estimate(shards, left, sample_sizes(config.sampling), num_features),
         tokens_per_second=rate,
         free_bytes=blobs.free_bytes(),
     )

@@ -35,7 +35,7 @@ class Side:
 
         Raises:
             ConfigError: if it, or a slice, is not there.
-            IdentityError: if it was made before partials kept sums over documents.
+            IdentityError: if it was made from partials of another format.
         """
         self.catalog = Catalog(config.root, config.name, config.snapshot)
         self.name = config.name
@@ -49,10 +49,10 @@ class Side:
         made = self.identity["measure"]["format"]
         if made != plan.FORMAT:
             raise IdentityError(
-                f"catalog {config.name!r} was made from partials of format {made}, expected {plan.FORMAT}, which keeps "
-                "sums over documents; run jobs.analyze again under another catalog.name"
+                f"catalog {config.name!r} was made from partials of format {made}, expected {plan.FORMAT}; "
+                "run jobs.analyze again under another catalog.name"
             )
-        self.measured = Measured(blobs=LocalBlobs(config.root), measure_id=self.catalog.manifest["measure_id"])
+        self._blobs = LocalBlobs(config.root)
 
     @property
     def is_whole(self) -> bool:
@@ -63,6 +63,10 @@ class Side:
     def saes(self) -> dict[str, str]:
         """Digests of the SAEs by site."""
         return dict(self.identity["measure"]["saes"])
+
+    def measured(self, site: SiteKey) -> Measured:
+        """Where the partials of one SAE lie."""
+        return Measured(blobs=self._blobs, measure_id=plan.measure_ids(self.identity["measure"])[str(site)])
 
     @property
     def shard_ids(self) -> list[str]:

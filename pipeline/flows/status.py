@@ -56,8 +56,8 @@ class RunStatus:
     """One run."""
 
     run_id: str
-    measure_id: str
     catalog: str
+    """Or several, joined by +: a run that only made partials for them."""
     state: State
     """silent: no sign of life, so probably killed; what it finished is safe."""
     reason: str
@@ -97,7 +97,7 @@ class RunStatus:
     """Shards that are left out."""
     stragglers: tuple[Straggler, ...]
     snapshot: int | None
-    """What it published."""
+    """What it published, if anything."""
 
     def public(self) -> "RunStatus":
         """Without what may name paths or machines: reasons are the kinds of errors, not their messages."""
@@ -122,9 +122,9 @@ def status(config: StatusConfig) -> list[RunStatus]:
         ConfigError: if there is no store, or no run in it that fits.
     """
     blobs = LocalBlobs(config.store.root)
-    if not blobs.path(layout.measures()).is_dir():
-        raise ConfigError(f"store.root {config.store.root} holds no measures; give the root of an analysis")
-    fitting = (run for run in runs(blobs) if config.catalog in (None, run.catalog))
+    if not blobs.path(layout.events("x")).parent.is_dir():
+        raise ConfigError(f"store.root {config.store.root} holds no runs; give the root of an analysis")
+    fitting = (run for run in runs(blobs) if config.catalog is None or config.catalog in run.catalog.split("+"))
     found = list(islice(fitting, config.last))
     if not found:
         what = f" of catalog {config.catalog}" if config.catalog else ""
@@ -134,10 +134,9 @@ def status(config: StatusConfig) -> list[RunStatus]:
 
 def runs(blobs: LocalBlobs) -> Iterator[RunStatus]:
     """All runs of a store, newest first."""
-    folder = blobs.path(layout.measures())
-    names = {(path.name.split(".")[0], path.parents[1].name) for path in folder.glob("*/events/*.jsonl")}
-    for run_id, measure_id in sorted(names, reverse=True):
-        told = _Told(blobs, measure_id, run_id)
+    names = {path.name.split(".")[0] for path in blobs.path(layout.events("x")).parent.glob("*.jsonl")}
+    for run_id in sorted(names, reverse=True):
+        told = _Told(blobs, run_id)
         if told.began:
             yield told.status(time.time())
 
@@ -145,8 +144,8 @@ def runs(blobs: LocalBlobs) -> Iterator[RunStatus]:
 class _Told:
     """What the events of one run say, in their order."""
 
-    def __init__(self, blobs: LocalBlobs, measure_id: str, run_id: str):
-        self._blobs, self._measure_id, self._run_id = blobs, measure_id, run_id
+    def __init__(self, blobs: LocalBlobs, run_id: str):
+        self._blobs, self._run_id = blobs, run_id
         self.began: dict[str, Any] = {}
         self.end: dict[str, Any] = {}
         self.stage: dict[str, Any] = {}
@@ -159,11 +158,11 @@ class _Told:
         self.workers: set[int] = set()
         self.lost: list[Reason] = []
         self.failures: list[Reason] = []
-        for event in _events(blobs, layout.events(measure_id, run_id)):
+        for event in _events(blobs, layout.events(run_id)):
             self._hear(event)
-        self.left: dict[str, int] = {}
-        if self.plan:
-            self.left = json.loads(blobs.get(layout.run_plan(measure_id, run_id)))["left"]
+        intent = json.loads(blobs.get(layout.run_plan(run_id))) if self.plan else {"left": {}, "measures": []}
+        self.left: dict[str, int] = intent["left"]
+        self._measure_ids: list[str] = intent["measures"]
 
     def _hear(self, event: dict[str, Any]) -> None:
         self.seen_at = max(self.seen_at, event["at"])
@@ -231,7 +230,6 @@ class _Told:
         num_left = len(self.left) - len(self.seconds) - len(out)
         return RunStatus(
             run_id=self._run_id,
-            measure_id=self._measure_id,
             catalog=self.began["catalog"],
             state=state,
             reason=": ".join(filter(None, (self.end.get("kind"), self.end.get("message")))),
@@ -273,13 +271,16 @@ class _Told:
 
     def _count_receipts(self) -> None:
         """Add shards that were committed in the last seconds, before an event could say so."""
-        folder = self._blobs.path(layout.receipts(self._measure_id))
-        there = {path.stem for path in folder.glob("*.json")} if folder.is_dir() else set[str]()
-        for shard_id in sorted(there & self.left.keys() - self.seconds.keys()):
+        there = set(self.left) - set(self.seconds)
+        for measure_id in self._measure_ids:
+            there &= {path.stem for path in self._blobs.path(layout.receipts(measure_id)).glob("*.json")}
+        for shard_id in sorted(there):
+            keys = [layout.receipt(measure_id, shard_id) for measure_id in self._measure_ids]
             try:
-                ran = Receipt.model_validate_json(self._blobs.get(layout.receipt(self._measure_id, shard_id))).ran
+                found = [Receipt.model_validate_json(self._blobs.get(key)).ran for key in keys]
             except ValidationError:
                 continue  # damaged: it will be analysed again
+            ran = max(found, key=lambda one: one["at"])
             if self.plan["at"] <= ran["at"] <= self.seen_at + SILENT_SECONDS:
                 self._over({"shard_id": shard_id, "at": ran["at"]})
                 self.seconds[shard_id] = ran["seconds"]

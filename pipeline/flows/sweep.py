@@ -1,7 +1,8 @@
 """A tick of scheduled runs: what is due runs, is recorded, and raises an alarm if it drifted.
 
 Nothing here waits: cron, a Kubernetes CronJob or a Ray job calls it. One entry's failure does not stop the rest;
-a failed run does not count, so the next tick tries again. Entries of one store share preparations.
+a failed run does not count, so the next tick tries again. Entries of one store share preparations; those that differ
+in their SAEs alone share the forward passes.
 """
 
 import math
@@ -19,12 +20,14 @@ from pipeline.compute.drift import overlap, rank_correlation
 from pipeline.config import AnalyzeConfig, SweepConfig
 from pipeline.config.sweep import AlertConfig, EntryConfig
 from pipeline.errors import CensusError, ConfigError
-from pipeline.flows.analyze import Analysis, analyze
+from pipeline.flows.analyze import Analysis, analyze, fill
 from pipeline.flows.catalog import Catalog
 from pipeline.io.blobs import LocalBlobs
 from pipeline.steps.ledger import Ledger, SweepRun
 
 _BEST = 100
+_NOT_SHARED = {"saes", "catalog", "ranking", "logits"}
+"""Sections in which entries may differ that share forward passes."""
 
 
 def is_due(entry: EntryConfig, last: datetime | None, now: datetime) -> bool:
@@ -48,16 +51,19 @@ def sweep(config: SweepConfig, now: datetime | None = None, say: Callable[[str],
     now, config = now or datetime.now(UTC), _with_file(config)
     configs = {name: _config(config, name) for name in config.entries}
     ledger = Ledger(LocalBlobs(config.store.root))
-    runs = []
-    for name, entry in config.entries.items():
-        if config.only and name not in config.only:
-            continue
+    chosen = [name for name in config.entries if not config.only or name in config.only]
+    due_now = []
+    for name in chosen:
         last = max((run.started_at for run in ledger.runs(name) if run.status != "failed"), default=None)
-        if not config.force and not is_due(entry, last, now):
+        if config.force or is_due(config.entries[name], last, now):
+            due_now.append(name)
+        else:
             say(f"{name}: not due (last run {last:%Y-%m-%d %H:%M %Z})")
-            continue
+    _fill_together({name: configs[name] for name in due_now}, say)
+    runs = []
+    for name in due_now:
         say(f"{name}: runs")
-        run = _run(name, entry, configs[name], now, say)
+        run = _run(name, config.entries[name], configs[name], now, say)
         ledger.add(run)
         runs.append(run)
         say(f"{name}: {run.status}{f': {run.message}' if run.message else ''}")
@@ -129,6 +135,24 @@ def _run(name: str, entry: EntryConfig, config: AnalyzeConfig, now: datetime, sa
         alerts=[text for alert in entry.alerts if (text := _alarm(alert, statistics))],
         **facts,
     )
+
+
+def _fill_together(configs: Mapping[str, AnalyzeConfig], say: Callable[[str], None]) -> None:
+    """Make the partials of all entries that differ in their SAEs alone with one forward pass for each batch of text."""
+    groups: dict[str, list[str]] = {}
+    for name, config in configs.items():
+        groups.setdefault(config.model_dump_json(exclude=_NOT_SHARED), []).append(name)
+    for names in groups.values():
+        saes = {one.model_copy(update={"name": None}): one for name in names for one in configs[name].saes}
+        if len(saes) == len(configs[names[0]].saes):
+            continue
+        # A partial knows of no name, so these only have to differ.
+        named = tuple(one.model_copy(update={"name": f"sae_{i}"}) for i, one in enumerate(saes))
+        say(f"{', '.join(names)}: share their forward passes")
+        try:
+            fill(configs[names[0]].model_copy(update={"saes": named}), names, say)
+        except Exception as error:  # noqa: BLE001  # each entry tries on its own next, and records its own reason
+            say(f"{', '.join(names)}: cannot share ({type(error).__name__}: {error})")
 
 
 def _facts(analysis: Analysis) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def _traced(
     """The rows of all spans, in the order of `sources.parquet`; and what failed."""
     settings = _settings(config, catalog, {span.site for span in spans})
     run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    events = layout.events(catalog.manifest["measure_id"], run_id)
+    events = layout.events(run_id)
     voice = Voice(LocalBlobs(config.store.root), events, say)
     tasks = list(_tasks(spans))
     parts, failures = [], []

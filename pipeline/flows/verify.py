@@ -11,7 +11,9 @@ from pipeline.io.blobs import LocalBlobs
 from pipeline.records import Receipt
 from pipeline.steps import layout, plan
 from pipeline.steps.prepare import stored_shard_id
+from pipeline.steps.reader import load_saes
 from pipeline.steps.shard import Analyzer
+from pipeline.types import SiteKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +69,12 @@ def _receipts(blobs: LocalBlobs) -> Iterator[str]:
             continue
         try:
             receipt = Receipt.model_validate_json(blobs.get(key))
-            damaged = [part.key for part in receipt.parts if blobs.digest(part.key) != part.sha256]
+            sound = blobs.digest(receipt.partial.key) == receipt.partial.sha256
         except (ValueError, CorruptError) as error:
             yield f"{key} cannot be trusted ({str(error).splitlines()[0]}): jobs.analyze will recompute its shard"
             continue
         yield (
-            f"{', '.join(damaged)} is damaged: jobs.analyze will recompute {receipt.shard.shard_id}" if damaged else ""
+            "" if sound else f"{receipt.partial.key} is damaged: jobs.analyze will recompute {receipt.shard.shard_id}"
         )
 
 
@@ -106,7 +108,8 @@ def _recompute(blobs: LocalBlobs, config: VerifyConfig, mixed: list[str]) -> Ite
         receipts.sort(key=lambda r: hashlib.sha256(f"{config.seed}{r.shard.shard_id}".encode()).digest())
         how = AnalyzeConfig.model_validate(made["config"] | {"store": config.store.model_dump()})
         try:
-            analyzer = Analyzer(how, made["preparation_id"], measure_id, made["fields"]["numerics"])
+            site = _site_of(made["fields"]["sae"], how)
+            analyzer = Analyzer(how, made["preparation_id"], {site: measure_id}, made["fields"]["numerics"])
         except CensusError as error:
             yield f"measures/{measure_id} cannot be recomputed here: {error}"
             continue
@@ -118,5 +121,17 @@ def _recompute(blobs: LocalBlobs, config: VerifyConfig, mixed: list[str]) -> Ite
             )
             receipts = mine
         for receipt in receipts[: config.recompute]:
-            same = analyzer.digest(receipt.shard) == receipt.parts[0].sha256
+            same = analyzer.digest(receipt.shard, site) == receipt.partial.sha256
             yield "" if same else f"shard {receipt.shard.shard_id} of measure {measure_id} gives other bytes today"
+
+
+def _site_of(sae: dict[str, str], how: AnalyzeConfig) -> SiteKey:
+    """What a config calls the SAE of a measure.
+
+    Raises:
+        ConfigError: if the SAE is no longer where the config names it.
+    """
+    for site, loaded in load_saes(how.saes).items():
+        if {"hook_point": str(site.hook_point), "digest": loaded.digest} == sae:
+            return site
+    raise ConfigError(f"its SAE at {sae['hook_point']} is no longer where its config names it")

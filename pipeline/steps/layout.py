@@ -22,12 +22,12 @@ def quarantine(preparation_id: str, source_id: str) -> str:
 
 
 def measure(measure_id: str) -> str:
-    """What decides a partial's bytes, and the config that first asked for it."""
+    """What decides a partial's bytes, and a config that asked for it."""
     return f"measures/{measure_id}/manifest.json"
 
 
 def partial(measure_id: str, sha256: str) -> str:
-    """The statistics and samples of one shard."""
+    """The statistics and samples of one shard under one measure."""
     return f"measures/{measure_id}/partials/{sha256}.zarr.zip"
 
 
@@ -46,14 +46,9 @@ def failure(measure_id: str, shard_id: str) -> str:
     return f"measures/{measure_id}/failures/{shard_id}.json"
 
 
-def measures() -> str:
-    """The folder of all measures."""
-    return "measures"
-
-
-def events(measure_id: str, run_id: str) -> str:
+def events(run_id: str) -> str:
     """The JSON lines of one run."""
-    return f"measures/{measure_id}/events/{run_id}.jsonl"
+    return f"events/{run_id}.jsonl"
 
 
 def next_file(key: str, number: int) -> str:
@@ -61,9 +56,9 @@ def next_file(key: str, number: int) -> str:
     return key if number == 0 else f"{key.removesuffix('.jsonl')}.{number:06d}.jsonl"
 
 
-def run_plan(measure_id: str, run_id: str) -> str:
-    """Which shards a run means to analyse."""
-    return f"measures/{measure_id}/plans/{run_id}.json"
+def run_plan(run_id: str) -> str:
+    """Which shards a run means to analyse, under which measures."""
+    return f"plans/{run_id}.json"
 
 
 def catalog(name: str) -> str:

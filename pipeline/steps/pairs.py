@@ -16,14 +16,13 @@ from pipeline.io.blobs import LocalBlobs
 from pipeline.io.store import FEATURE_CHUNK
 from pipeline.records import Receipt
 from pipeline.steps import layout
-from pipeline.steps.partial import RangeTask, opened, sites_of
+from pipeline.steps.partial import RangeTask, opened
 from pipeline.steps.shard import read_documents
-from pipeline.types import SiteKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Where the partials of one side lie."""
+    """Where the partials of one side's SAE lie."""
 
     blobs: LocalBlobs
     measure_id: str
@@ -74,7 +73,6 @@ class _Side:
 def products(
     a: Measured,
     b: Measured,
-    site: SiteKey,
     *,
     preparation_id: str,
     shard_ids: list[str],
@@ -86,7 +84,6 @@ def products(
     Args:
         a: the side whose store also holds the shards.
         b: the other.
-        site: the SAE.
         preparation_id: names the shards' folder.
         shard_ids: of shards that both sides have analysed; their order is that of the sums.
         num_features: of the SAE.
@@ -96,14 +93,11 @@ def products(
     num_tokens = 0.0
     for shard_id in shard_ids:
         receipts = [side.receipt(shard_id) for side in (a, b)]
-        places = [
-            sites_of(side.blobs, receipt).index(str(site)) for side, receipt in zip((a, b), receipts, strict=True)
-        ]
         document = read_documents(a.blobs, preparation_id, receipts[0].shard, num_positions)
         for start in range(0, num_features, FEATURE_CHUNK):
             sides = []
-            for side, receipt, place in zip((a, b), receipts, places, strict=True):
-                task = RangeTask(site=place, start=start, stop=min(start + FEATURE_CHUNK, num_features))
+            task = RangeTask(site=0, start=start, stop=min(start + FEATURE_CHUNK, num_features))
+            for side, receipt in zip((a, b), receipts, strict=True):
                 with opened(side.blobs, receipt, task) as partial:
                     pieces = Pieces.of(partial.codes(), document)
                     sides.append(_Side(pieces=pieces, tokens=partial.document_tokens()))

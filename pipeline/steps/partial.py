@@ -17,7 +17,7 @@ from pipeline.compute.stats import FeatureStats
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.store import Pack
 from pipeline.records import Receipt
-from pipeline.steps.shard import shard_key, site_group
+from pipeline.steps.shard import shard_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +52,10 @@ class PartialRange:
 
     def __init__(self, pack: Pack, receipt: Receipt, task: RangeTask):
         self._pack, self._task = pack, task
-        self._group = site_group(task.site)
         self._salt = shard_key(receipt.shard.shard_id)
 
     def _read(self, name: str, start: int | None = None, stop: int | None = None) -> np.ndarray:
-        return self._pack.read(f"{self._group}/{name}", start, stop)
+        return self._pack.read(name, start, stop)
 
     def _of_range(self, name: str) -> np.ndarray:
         return self._read(name, self._task.start, self._task.stop)
@@ -152,14 +151,8 @@ class PartialRange:
         )
 
 
-def sites_of(blobs: LocalBlobs, receipt: Receipt) -> list[str]:
-    """The names of the sites of a partial, in their order."""
-    with Pack(blobs.path(receipt.parts[0].key)) as pack:
-        return list(pack.attributes["sites"])
-
-
 @contextmanager
 def opened(blobs: LocalBlobs, receipt: Receipt, task: RangeTask) -> Iterator[PartialRange]:
     """The partial that a receipt names, for one range."""
-    with Pack(blobs.path(receipt.parts[0].key)) as pack:
+    with Pack(blobs.path(receipt.partial.key)) as pack:
         yield PartialRange(pack, receipt, task)

@@ -1,11 +1,12 @@
 """Identities and the plan: what decides numbers, what is done, what is left, what it will cost.
 
-Nothing here computes a statistic. A measure is everything but the text that decides the bytes of a partial;
-a catalog is one measure and one preparation, and refuses any other by the name of the field.
+Nothing here computes a statistic. A measure is everything but the text that decides the bytes of a partial: the
+model, one SAE, the settings. A catalog is one preparation and the measures of its SAEs, which share all but the SAE;
+it refuses any other by the name of the field.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,12 +18,12 @@ from pipeline.config import AnalyzeConfig
 from pipeline.errors import CorruptError, IdentityError
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.checkpoints import LoadedSae
-from pipeline.records import Receipt, ShardRecord, canonical
+from pipeline.records import Receipt, ShardRecord, canonical, digest_of
 from pipeline.steps import layout
-from pipeline.steps.shard import sample_sizes
+from pipeline.steps.shard import ShardTask, sample_sizes
 from pipeline.types import SiteKey
 
-FORMAT = 2
+FORMAT = 3
 """Raise it when the arrays of a partial change."""
 MIXED = "mixed"
 """The numerics of a measure whose shards may come from machines that compute other bits."""
@@ -44,7 +45,7 @@ def default_shard_tokens(device: torch.device, num_layers: int, d_model: int) ->
 def measure_fields(
     config: AnalyzeConfig, model: Mapping[str, Any], saes: Mapping[SiteKey, LoadedSae], numerics: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything but the text that decides a partial's bytes; its hash is the measure's id.
+    """Everything but the text that decides the bytes of partials, for all SAEs of a run.
 
     Args:
         config: of the job.
@@ -63,6 +64,26 @@ def measure_fields(
         "codes": config.codes,
         "numerics": MIXED if config.cluster.mixed_numerics else dict(numerics),
     }
+
+
+def measures(fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The measure of every SAE, by site; the hash of each is its id.
+
+    A measure knows of no other SAE and of no name, so whoever looks at the same SAE in the same way shares partials.
+
+    Args:
+        fields: as from `measure_fields`.
+    """
+    shared = {name: value for name, value in fields.items() if name != "saes"}
+    return {
+        site: shared | {"sae": {"hook_point": site.rsplit("/", 1)[0], "digest": digest}}
+        for site, digest in fields["saes"].items()
+    }
+
+
+def measure_ids(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The id of every SAE's measure, by site."""
+    return {site: digest_of(measure) for site, measure in measures(fields).items()}
 
 
 def claim(blobs: LocalBlobs, name: str, fields: dict[str, Any]) -> None:
@@ -113,11 +134,37 @@ def find_receipt(blobs: LocalBlobs, measure_id: str, shard: ShardRecord) -> Rece
     try:
         receipt = Receipt.model_validate_json(blobs.get(key))
         sound = receipt.shard.shard_id == shard.shard_id and receipt.measure_id == measure_id
-        for part in receipt.parts:
-            sound = sound and blobs.digest(part.key) == part.sha256
+        sound = sound and blobs.digest(receipt.partial.key) == receipt.partial.sha256
     except (ValueError, CorruptError):
         sound = False
     return receipt if sound else None
+
+
+Receipts = dict[SiteKey, dict[str, Receipt]]
+"""By SAE, then shard."""
+
+
+def look(
+    blobs: LocalBlobs, measure_ids: Mapping[SiteKey, str], shards: Sequence[ShardRecord]
+) -> tuple[Receipts, list[ShardTask]]:
+    """What is done, and what is left, in the order of shards.
+
+    Args:
+        blobs: the store.
+        measure_ids: by SAE.
+        shards: of the corpus.
+    """
+    receipts: Receipts = {site: {} for site in measure_ids}
+    left = []
+    for shard in shards:
+        found = {site: find_receipt(blobs, measure_id, shard) for site, measure_id in measure_ids.items()}
+        for site, receipt in found.items():
+            if receipt is not None:
+                receipts[site][shard.shard_id] = receipt
+        missing = tuple(site for site, receipt in found.items() if receipt is None)
+        if missing:
+            left.append(ShardTask(shard=shard, sites=missing))
+    return receipts, left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,26 +184,25 @@ class Cost:
 
 
 def estimate(
-    shards: list[ShardRecord], done: int, left: list[ShardRecord], sizes: SampleSizes, num_features: list[int]
+    shards: Sequence[ShardRecord], left: Sequence[ShardTask], sizes: SampleSizes, num_features: Mapping[SiteKey, int]
 ) -> Cost:
     """Costs that do not need a measurement.
 
     Args:
         shards: of the corpus.
-        done: how many have sound receipts.
-        left: those that do not.
+        left: those that lack a sound receipt, and for which SAEs.
         sizes: samples kept of a feature.
-        num_features: of every SAE.
+        num_features: by SAE.
     """
     samples = sizes.top + sizes.random + (sizes.bands + 1) * sizes.per_band
-    tokens_left = sum(shard.num_tokens for shard in left)
-    partial_bytes = len(left) * sum(num_features) * samples * _SAMPLE_BYTES
+    tokens_left = sum(task.shard.num_tokens for task in left)
+    partial_bytes = sum(num_features[site] for task in left for site in task.sites) * samples * _SAMPLE_BYTES
     return Cost(
         num_shards=len(shards),
-        num_done=done,
+        num_done=len(shards) - len(left),
         num_tokens_left=tokens_left,
         partial_bytes=partial_bytes,
         bytes_per_token=partial_bytes / max(tokens_left, 1),
         num_saes=len(num_features),
-        worker_bytes=sum(num_features) * (NUM_BINS * 8 + samples * (24 + 2 * _SAMPLE_BYTES)),
+        worker_bytes=sum(num_features.values()) * (NUM_BINS * 8 + samples * (24 + 2 * _SAMPLE_BYTES)),
     )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.compute import fixed, labels, scores, stats
+from pipeline.compute.weights import copies
 from pipeline.errors import CorruptError
 from pipeline.io import schemas, store, tables
 from pipeline.io.blobs import LocalBlobs
@@ -23,7 +24,6 @@ from pipeline.records import Receipt, canonical
 from pipeline.steps import layout
 from pipeline.steps.logits import says
 from pipeline.steps.ranges import RangeResult
-from pipeline.steps.shard import site_group
 from pipeline.types import SiteKey
 
 _DIMENSIONS = {
@@ -86,13 +86,20 @@ class Draft:
             if found[name] != facts:
                 raise CorruptError(f"{folder / name} is damaged: run jobs.analyze again, it publishes the files anew")
 
-    def write(self, results: Iterator[RangeResult], score: scores.Score, receipts: Sequence[Receipt]) -> None:
+    def write(
+        self,
+        results: Iterator[RangeResult],
+        score: scores.Score,
+        receipts: Sequence[Sequence[Receipt]],
+        weights: Mapping[str, int],
+    ) -> None:
         """Write every file of the snapshot.
 
         Args:
             results: of all ranges, in the order of sites and features.
             score: ranks the features.
-            receipts: of the shards in the snapshot.
+            receipts: of the shards in the snapshot, by site.
+            weights: of slices, as in `ReduceSettings`.
         """
         slices: list[tables.Table] = []
 
@@ -105,7 +112,7 @@ class Draft:
         tables.write(self._folder / "spans.parquet", schemas.SPANS, spans())
         tables.write(self._folder / "slices.parquet", schemas.SLICES, slices)
         tables.write(self._folder / "features.parquet", schemas.FEATURES, self._features(score))
-        self._write_arrays(receipts)
+        self._write_arrays(receipts, weights)
 
     def _features(self, score: scores.Score) -> Iterator[tables.Table]:
         for index, site in enumerate(self._sites):
@@ -135,13 +142,13 @@ class Draft:
         mine = [part(result) for result in self._results if result.task.site == site]
         return {name: np.concatenate([arrays[name] for arrays in mine]) for name in mine[0]}
 
-    def _write_arrays(self, receipts: Sequence[Receipt]) -> None:
+    def _write_arrays(self, receipts: Sequence[Sequence[Receipt]], weights: Mapping[str, int]) -> None:
         groups = {}
         for index, site in enumerate(self._sites):
             arrays = self._joined(index, lambda result: result.arrays)
-            arrays |= _slice_books(str(site.hook_point), receipts)
+            arrays |= _slice_books(receipts[index])
             arrays["histogram_edges"] = stats.bin_edges()
-            arrays["l0_histogram"] = merged_fit(self._blobs, index, receipts)[0]
+            arrays["l0_histogram"] = merged_fit(self._blobs, receipts[index], weights)[0]
             groups[f"{site.hook_point}/{site.sae}"] = arrays
         scales = {"sum_scale_bits": fixed.SUM_SCALE, "square_scale_bits": fixed.SQUARE_SCALE, "low_limb_bits": 62}
         store.write_tree(self._folder / "statistics.zarr", groups, scales, _DIMENSIONS)
@@ -204,13 +211,13 @@ def facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in manifest.items() if name not in others}
 
 
-def _slice_books(point: str, receipts: Sequence[Receipt]) -> dict[str, np.ndarray]:
+def _slice_books(receipts: Sequence[Receipt]) -> dict[str, np.ndarray]:
     """Documents, counted tokens, and the sum over documents of their squares, of every slice in the order of names."""
     names = sorted({receipt.shard.slice for receipt in receipts})
     books = np.zeros((3, len(names)), np.int64)
     for receipt in receipts:
-        clusters, tokens = receipt.documents[point], receipt.tokens[point]
-        books[:, names.index(receipt.shard.slice)] += clusters["counted"], tokens["counted"], clusters["tokens_square"]
+        found = receipt.documents["counted"], receipt.tokens["counted"], receipt.documents["tokens_square"]
+        books[:, names.index(receipt.shard.slice)] += found
     return {f"slice_{name}": row for name, row in zip(("documents", "tokens", "tokens_square"), books, strict=True)}
 
 
@@ -220,17 +227,16 @@ def snapshots(blobs: LocalBlobs, name: str) -> list[int]:
     return sorted(int(p.parent.name) for p in folder.glob("[0-9]*/manifest.json"))
 
 
-def merged_fit(blobs: LocalBlobs, site: int, receipts: Sequence[Receipt]) -> tuple[np.ndarray, float]:
+def merged_fit(blobs: LocalBlobs, receipts: Sequence[Receipt], weights: Mapping[str, int]) -> tuple[np.ndarray, float]:
     """The histogram of codes a token over all shards, and the fraction of variance unexplained of the fit sample."""
     names = ("l0_histogram", "fit_tokens", "fit_error", "fit_square", "fit_vector")
     totals: dict[str, np.ndarray] = {}
     for receipt in receipts:
-        with store.Pack(blobs.path(receipt.parts[0].key)) as pack:
+        with store.Pack(blobs.path(receipt.partial.key)) as pack:
             for name in names:
-                part = pack.read(f"{site_group(site)}/{name}")
-                whole = totals.get(name)
                 joined = fixed.add if name.startswith("fit_") and name != "fit_tokens" else np.add
-                totals[name] = part if whole is None else joined(whole, part)
+                part = copies(pack.read(name), weights.get(receipt.shard.slice, 1), joined)
+                totals[name] = joined(totals[name], part) if name in totals else part
     error, square, vector = (fixed.to_float(totals[f"fit_{n}"], fixed.SUM_SCALE) for n in ("error", "square", "vector"))
     num_tokens = max(int(totals["fit_tokens"][0]), 1)
     variance = square[0] - float(np.square(vector).sum()) / num_tokens

@@ -7,27 +7,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Int64
 
-from pipeline.compute import stats as statistics
 from pipeline.compute.documents import DocumentStats
 from pipeline.compute.labels import Tally
 from pipeline.compute.samples import Entries, Kept, Samples, exponent_of, joined
 from pipeline.compute.stats import FeatureStats
+from pipeline.compute.weights import copies
 from pipeline.config import ModelConfig, SamplingConfig
 from pipeline.errors import CorruptError
-from pipeline.io import schemas, tables
+from pipeline.io import tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.model import Tokenizer
 from pipeline.io.store import FEATURE_CHUNK
 from pipeline.records import Receipt
 from pipeline.steps import labels, layout
+from pipeline.steps.columns import feature_columns, slice_arrays, slice_rows
 from pipeline.steps.partial import RangeTask, opened
 from pipeline.steps.shard import LOW_OCTAVES, sample_sizes
 from pipeline.steps.spans import Ragged, SpanAddresses, attach, take_ranges
 from pipeline.types import SiteKey
-
-QUANTILES = (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +55,10 @@ class ReduceSettings:
     model: ModelConfig
     sampling: SamplingConfig
     sites: tuple[SiteKey, ...]
-    receipts: tuple[Receipt, ...]
-    """Sorted by shard id: their order is the meaning of shard ordinals."""
+    receipts: tuple[tuple[Receipt, ...], ...]
+    """By site, the same shards sorted by id: their order is the meaning of shard ordinals."""
+    weights: Mapping[str, int]
+    """Copies of each slice that the statistics of the whole count; empty if one of each."""
 
 
 def group_names(sampling: SamplingConfig) -> list[str]:
@@ -82,7 +83,7 @@ class Reducer:
         self._blobs = LocalBlobs(settings.root)
         model = settings.model
         self._tokenizer = Tokenizer(model.id, model.revision, trust_remote_code=model.trust_remote_code)
-        self._shard_ids = [receipt.shard.shard_id for receipt in settings.receipts]
+        self._shard_ids = [receipt.shard.shard_id for receipt in settings.receipts[0]]
         self._lengths: dict[int, Int64[np.ndarray, " C"]] = {}
 
     def run(self, task: RangeTask) -> RangeResult:
@@ -92,8 +93,7 @@ class Reducer:
             CorruptError: if the books of the merged statistics do not balance.
         """
         site = self._settings.sites[task.site]
-        point = str(site.hook_point)
-        receipts = self._settings.receipts
+        receipts = self._settings.receipts[task.site]
         by_slice: dict[str, FeatureStats] = {}
         documents: dict[str, DocumentStats] = {}
         counted: dict[str, int] = {}
@@ -105,21 +105,22 @@ class Reducer:
             name = receipt.shard.slice
             by_slice[name] = by_slice[name].merge(part) if name in by_slice else part
             documents[name] = documents[name].merge(clusters) if name in documents else clusters
-            counted[name] = counted.get(name, 0) + receipt.tokens[point]["counted"]
+            counted[name] = counted.get(name, 0) + receipt.tokens["counted"]
+        weights = {name: self._settings.weights.get(name, 1) for name in by_slice}
         whole = FeatureStats.zero(task.num_features)
         for name in sorted(by_slice):
-            whole = whole.merge(by_slice[name])
-        num_tokens = sum(counted.values())
-        num_contexts = sum(receipt.contexts[point] for receipt in receipts)
+            whole = whole.merge(copies(by_slice[name], weights[name], FeatureStats.merge))
+        num_tokens = sum(counted[name] * weights[name] for name in counted)
+        num_contexts = sum(receipt.contexts * weights[receipt.shard.slice] for receipt in receipts)
         self._check(task, whole, samples, num_tokens)
         self._check_documents(task, by_slice, documents)
         spans, collapsed, words = self._spans(task, site, samples)
         return RangeResult(
             task=task,
-            features=_feature_columns(whole, num_tokens, num_contexts),
-            slices=_slice_rows(site, task.start, by_slice, counted),
+            features=feature_columns(whole, num_tokens, num_contexts),
+            slices=slice_rows(site, task.start, by_slice, counted),
             spans=spans,
-            arrays=whole.arrays() | _slice_arrays(by_slice, documents) | {"spans_collapsed": collapsed},
+            arrays=whole.arrays() | slice_arrays(by_slice, documents) | {"spans_collapsed": collapsed},
             words=words,
         )
 
@@ -205,7 +206,7 @@ class Reducer:
         found = [Kept.zero(0, 0).entries()]
         kept = samples.silent.entries()
         for ordinal, row in zip(kept.shard, kept.row, strict=True):
-            with opened(self._blobs, self._settings.receipts[ordinal], task) as partial:
+            with opened(self._blobs, self._settings.receipts[task.site][ordinal], task) as partial:
                 feature = np.setdiff1d(np.arange(task.num_features), partial.firing_in(int(row)))
                 key = partial.silent_keys_of(feature, int(row), self._settings.sampling.seed)
             length = self._context_lengths(int(ordinal))[row]
@@ -236,7 +237,7 @@ class Reducer:
         fired = addresses.value > 0
         for ordinal in np.unique(addresses.shard[fired]):
             mine = np.flatnonzero(fired & (addresses.shard == ordinal))
-            with opened(self._blobs, self._settings.receipts[ordinal], task) as partial:
+            with opened(self._blobs, self._settings.receipts[task.site][ordinal], task) as partial:
                 kept = partial.evidence()
             values.append(kept.value)
             positions.append(kept.position)
@@ -261,54 +262,3 @@ def _first(entries: Entries, k: int) -> Entries:
     kept = Kept.zero(int(entries.group.max(initial=-1)) + 1, k)
     kept.put(entries)
     return kept.entries()
-
-
-def _feature_columns(whole: FeatureStats, num_tokens: int, num_contexts: int) -> dict[str, np.ndarray]:
-    num_features = len(whole.count)
-    columns: dict[str, np.ndarray] = {
-        "count": whole.count,
-        "tokens_counted": np.full(num_features, num_tokens, np.int64),
-        "frequency": whole.count / max(num_tokens, 1),
-        "context_count": whole.context_count,
-        "context_frequency": whole.context_count / max(num_contexts, 1),
-        "mean": statistics.mean(whole, num_tokens),
-        "mean_when_firing": statistics.mean(whole, whole.count),
-        "std": statistics.deviation(whole, num_tokens),
-        "max": whole.maximum.astype(np.float64),
-        "dead": whole.count == 0,
-    }
-    return columns | {name: statistics.quantile(whole, q) for name, q in QUANTILES}
-
-
-def _slice_arrays(
-    by_slice: Mapping[str, FeatureStats], documents: Mapping[str, DocumentStats]
-) -> dict[str, np.ndarray]:
-    """What is exact of every slice, slices in the order of their names on the second axis; no histograms."""
-    parts = [by_slice[name].arrays() | documents[name].arrays() for name in sorted(by_slice)]
-    names = [name for name in parts[0] if name != "histogram"]
-    return {f"slice_{name}": np.stack([part[name] for part in parts], axis=1) for name in names}
-
-
-def _slice_rows(site: SiteKey, start: int, by_slice: Mapping[str, FeatureStats], counted: Mapping[str, int]) -> bytes:
-    """Rows by feature, then slice name."""
-    names = sorted(by_slice)
-    num_features = len(next(iter(by_slice.values())).count)
-
-    def column(of: Mapping[str, np.ndarray | Float64[np.ndarray, " F"]]) -> np.ndarray:
-        return np.stack([of[name] for name in names], axis=1).reshape(-1)
-
-    tokens = np.tile([counted[name] for name in names], num_features)
-    count = column({name: s.count for name, s in by_slice.items()})
-    rows = {
-        "hook_point": [str(site.hook_point)] * len(count),
-        "sae": [site.sae] * len(count),
-        "feature_id": np.repeat(np.arange(start, start + num_features), len(names)),
-        "slice": names * num_features,
-        "count": count,
-        "tokens_counted": tokens,
-        "frequency": count / np.maximum(tokens, 1),
-        "sum": column({name: statistics.mean(s, 1) for name, s in by_slice.items()}),
-        "mean_when_firing": column({name: statistics.mean(s, s.count) for name, s in by_slice.items()}),
-        "max": column({name: s.maximum.astype(np.float64) for name, s in by_slice.items()}),
-    }
-    return tables.ipc_bytes(tables.table(schemas.SLICES, rows))

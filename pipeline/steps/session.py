@@ -1,20 +1,29 @@
 """A worker's session: one loaded analyzer that answers preflight probes and analyses shards."""
 
+from collections.abc import Mapping
+
 from pipeline.config import AnalyzeConfig
-from pipeline.records import Receipt, ShardRecord
+from pipeline.records import Receipt
 from pipeline.steps import preflight
 from pipeline.steps.preflight import Fit, FitProbe
-from pipeline.steps.shard import Analyzer
+from pipeline.steps.shard import Analyzer, ShardTask
+from pipeline.types import SiteKey
 
 
 class AnalysisSession:
     """What runs in each worker of `jobs.analyze`."""
 
-    def __init__(self, config: AnalyzeConfig, preparation_id: str, measure_id: str, numerics: dict[str, str | int]):
-        self._analyzer = Analyzer(config, preparation_id, measure_id, numerics)
+    def __init__(
+        self,
+        config: AnalyzeConfig,
+        preparation_id: str,
+        measure_ids: Mapping[SiteKey, str],
+        numerics: dict[str, str | int],
+    ):
+        self._analyzer = Analyzer(config, preparation_id, measure_ids, numerics)
 
-    def run(self, task: ShardRecord | FitProbe) -> Receipt | list[Fit]:
-        """A probe gives fits, a shard its receipt."""
+    def run(self, task: ShardTask | FitProbe) -> tuple[Receipt, ...] | list[Fit]:
+        """A probe gives fits, a shard its receipts."""
         if isinstance(task, FitProbe):
             return preflight.measure(self._analyzer, task)
         return self._analyzer.run(task)

@@ -1,4 +1,4 @@
-"""Analyse one shard: one forward pass per batch feeds every SAE; a partial is written, then its receipt.
+"""Analyse one shard: one forward pass per batch feeds every SAE; of each a partial is written, then its receipt.
 
 Batches are cut inside the shard, in order, at a fixed size; the last is padded to full shape and masked. So
 a shard gives the same bytes whoever analyses it, and whenever.
@@ -8,8 +8,9 @@ import hashlib
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,15 +27,10 @@ from pipeline.errors import NumericsError, ShardError
 from pipeline.io import device, store, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.model import choose_device
-from pipeline.records import Part, Receipt, ShardRecord
+from pipeline.records import Receipt, ShardRecord, Stored
 from pipeline.steps import layout
 from pipeline.steps.reader import Reader
 from pipeline.types import HookPoint, SiteKey
-
-
-def site_group(index: int) -> str:
-    """The name of a site's group in a partial; sites are numbered in the order of their keys."""
-    return f"site_{index:03d}"
 
 
 def shard_key(shard_id: str) -> int:
@@ -69,12 +65,21 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Books:
-    """What a receipt says by hook point."""
+class ShardTask:
+    """A shard, and the SAEs to look at it with."""
 
-    tokens: dict[str, dict[str, int]]
-    contexts: dict[str, int]
-    documents: dict[str, dict[str, int]]
+    shard: ShardRecord
+    sites: tuple[SiteKey, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Measured:
+    """What a shard gave for one SAE: the partial, and the books of its receipt."""
+
+    body: bytes
+    tokens: dict[str, int]
+    contexts: int
+    documents: dict[str, int]
 
 
 def read_documents(
@@ -97,8 +102,14 @@ def read_documents(
 class Analyzer:
     """Holds the model and the SAEs and turns shards into partials."""
 
-    def __init__(self, config: AnalyzeConfig, preparation_id: str, measure_id: str, numerics: dict[str, str | int]):
-        self._config, self._preparation_id, self._measure_id = config, preparation_id, measure_id
+    def __init__(
+        self,
+        config: AnalyzeConfig,
+        preparation_id: str,
+        measure_ids: Mapping[SiteKey, str],
+        numerics: dict[str, str | int],
+    ):
+        self._config, self._preparation_id, self._measure_ids = config, preparation_id, measure_ids
         self._blobs = LocalBlobs(config.store.root)
         chosen = choose_device(config.model.device)
         self.numerics = device.configure(config.cluster.threads_per_worker, chosen)
@@ -162,55 +173,52 @@ class Analyzer:
             )
         x[~torch.isfinite(x)] = 0  # only what fills the batch; it is masked
 
-    def run(self, shard: ShardRecord) -> Receipt:
-        """Analyse a shard and commit it.
+    def run(self, task: ShardTask) -> tuple[Receipt, ...]:
+        """Analyse a shard and commit it; receipts in the order of the task's SAEs.
 
         Raises:
             ShardError: if it would fail again the same way.
         """
         began = time.monotonic()
-        body, books = self._packed(shard)
-        sha256 = hashlib.sha256(body).hexdigest()
-        part = Part(key=layout.partial(self._measure_id, sha256), sha256=sha256, num_bytes=len(body))
-        self._blobs.put(part.key, body)
+        measured = self._measure(task)
         seconds = time.monotonic() - began
         ran = {"host": socket.gethostname(), "at": time.time(), "seconds": round(seconds, 3), "numerics": self.numerics}
+        return tuple(self._commit(task.shard, self._measure_ids[site], measured[site], ran) for site in task.sites)
+
+    def _commit(self, shard: ShardRecord, measure_id: str, measured: _Measured, ran: dict[str, Any]) -> Receipt:
+        sha256 = hashlib.sha256(measured.body).hexdigest()
+        stored = Stored(key=layout.partial(measure_id, sha256), sha256=sha256, num_bytes=len(measured.body))
         receipt = Receipt(
             shard=shard,
-            measure_id=self._measure_id,
-            parts=(part,),
-            tokens=books.tokens,
-            contexts=books.contexts,
-            documents=books.documents,
+            measure_id=measure_id,
+            partial=stored,
+            tokens=measured.tokens,
+            contexts=measured.contexts,
+            documents=measured.documents,
             ran=ran,
         )
-        self._blobs.put(layout.receipt(self._measure_id, shard.shard_id), receipt.to_bytes())
+        self._blobs.put(stored.key, measured.body)
+        self._blobs.put(layout.receipt(measure_id, shard.shard_id), receipt.to_bytes())
         return receipt
 
-    def digest(self, shard: ShardRecord) -> str:
+    def digest(self, shard: ShardRecord, site: SiteKey) -> str:
         """sha256 of the partial that this shard gives; nothing is written."""
-        return hashlib.sha256(self._packed(shard)[0]).hexdigest()
+        return hashlib.sha256(self._measure(ShardTask(shard=shard, sites=(site,)))[site].body).hexdigest()
 
-    def _packed(self, shard: ShardRecord) -> tuple[bytes, _Books]:
-        arrays, books = self._measure(shard)
-        attributes = {"shard_id": shard.shard_id, "measure_id": self._measure_id, "sites": [str(k) for k in self.saes]}
-        return store.pack(arrays, attributes), books
-
-    def _measure(self, shard: ShardRecord) -> tuple[dict[str, dict[str, np.ndarray]], _Books]:
-        """The arrays of a shard's partial by site, and its books."""
-        config = self._config
+    def _measure(self, task: ShardTask) -> dict[SiteKey, _Measured]:
+        config, shard = self._config, task.shard
         document = read_documents(self._blobs, self._preparation_id, shard, config.corpus.context_length)
         censuses = {
             key: SiteCensus(
-                sae.num_features,
-                sae.width,
+                self.saes[key].num_features,
+                self.saes[key].width,
                 sample_sizes(config.sampling),
                 seed=config.sampling.seed,
                 shard_key=shard_key(shard.shard_id),
                 documents=document,
                 keep_codes=config.codes == "keep",
             )
-            for key, sae in self.saes.items()
+            for key in task.sites
         }
         tokens: dict[HookPoint, Counter[str]] = {point: Counter() for point in self.points}
         contexts: Counter[HookPoint] = Counter()
@@ -227,16 +235,21 @@ class Analyzer:
                     codes = self.saes[key].encode(x, batch.first_row)
                     self._add_fit(key, census, x, codes, counted, batch.first_row)
                 census.add(codes, counted, batch.first_row)
-        arrays = {site_group(i): census.finish() for i, census in enumerate(censuses.values())}
-        num_tokens = {key.hook_point: census.document_tokens for key, census in censuses.items()}
-        return arrays, _Books(
-            tokens={str(point): dict(books) for point, books in tokens.items()},
-            contexts={str(point): contexts[point] for point in self.points},
-            documents={
-                str(point): {"counted": int((each > 0).sum()), "tokens_square": int((each**2).sum())}
-                for point, each in num_tokens.items()
-            },
-        )
+        measured = {}
+        for key, census in censuses.items():
+            attributes = {"shard_id": shard.shard_id, "measure_id": self._measure_ids[key]}
+            body = store.pack({"": census.finish()}, attributes)
+            of_document = census.document_tokens
+            measured[key] = _Measured(
+                body=body,
+                tokens=dict(tokens[key.hook_point]),
+                contexts=contexts[key.hook_point],
+                documents={
+                    "counted": int((of_document > 0).sum()),
+                    "tokens_square": int((of_document**2).sum()),
+                },
+            )
+        return measured
 
     def _add_fit(
         self,

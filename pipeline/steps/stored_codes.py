@@ -11,7 +11,6 @@ from pipeline.io.blobs import LocalBlobs
 from pipeline.io.store import Pack
 from pipeline.records import Receipt, ShardRecord
 from pipeline.steps import layout
-from pipeline.steps.shard import site_group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +27,8 @@ class ShardCodes:
 class StoredCodes:
     """The kept codes of one SAE over the shards of a snapshot."""
 
-    def __init__(self, blobs: LocalBlobs, measure_id: str, shards: Sequence[ShardRecord], site: str):
-        self._blobs, self._measure_id, self._shards, self._site = blobs, measure_id, shards, site
+    def __init__(self, blobs: LocalBlobs, measure_id: str, shards: Sequence[ShardRecord]):
+        self._blobs, self._measure_id, self._shards = blobs, measure_id, shards
 
     def of(self, features: Sequence[int] | None = None) -> Iterator[ShardCodes]:
         """The codes of some features, shard by shard; of all, if none are named.
@@ -39,17 +38,16 @@ class StoredCodes:
         """
         for shard in self._shards:
             receipt = Receipt.model_validate_json(self._blobs.get(layout.receipt(self._measure_id, shard.shard_id)))
-            with Pack(self._blobs.path(receipt.parts[0].key)) as pack:
-                group = site_group(pack.attributes["sites"].index(self._site))
-                if not pack.has(f"{group}/codes_start"):
+            with Pack(self._blobs.path(receipt.partial.key)) as pack:
+                if not pack.has("codes_start"):
                     raise ConfigError("this catalog's codes were not kept; analyze with codes=keep to ask for them")
-                start = pack.read(f"{group}/codes_start")
+                start = pack.read("codes_start")
                 wanted = range(len(start) - 1) if features is None else features
                 runs = [(int(start[f]), int(start[f + 1])) for f in wanted]
                 if features is None:
                     runs = [(0, int(start[-1]))]
                 columns = {
-                    name: np.concatenate([pack.read(f"{group}/codes_{name}", a, b) for a, b in runs])
+                    name: np.concatenate([pack.read(f"codes_{name}", a, b) for a, b in runs])
                     for name in ("row", "position", "value")
                 }
                 feature = np.repeat(np.array(wanted, np.int64), [int(start[f + 1] - start[f]) for f in wanted])

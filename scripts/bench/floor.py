@@ -27,7 +27,7 @@ from pipeline.io import device
 from pipeline.io.model import LanguageModel
 from pipeline.steps.prepare import Preparer, PrepareSettings
 from pipeline.steps.reader import load_saes
-from pipeline.steps.shard import Analyzer
+from pipeline.steps.shard import Analyzer, ShardTask
 
 PROGRAMS = ("bare", "tuned", "census")
 K = 32
@@ -45,10 +45,10 @@ def census(config: AnalyzeConfig) -> tuple[int, float]:
         root=config.store.root, model=config.model, corpus=config.corpus, fields=identity.preparation
     )
     shard = Preparer(settings).run(find_config_sources(config)[0]).shards[0]
-    analyzer = Analyzer(config, identity.preparation_id, identity.measure_id, identity.numerics)
+    analyzer = Analyzer(config, identity.preparation_id, identity.measure_ids, identity.numerics)
     analyzer.activations(next(analyzer.batches(analyzer.contexts(shard.shard_id))))
     began = time.perf_counter()
-    analyzer.run(shard)
+    analyzer.run(ShardTask(shard=shard, sites=tuple(identity.saes)))
     return shard.num_tokens, time.perf_counter() - began
 
 

@@ -1,0 +1,152 @@
+"""The end of every census: the partials of chosen shards become a published snapshot."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import AnalyzeConfig
+from pipeline.flows.catalog import Catalog
+from pipeline.io.blobs import LocalBlobs
+from pipeline.records import Receipt, ShardRecord, digest_of
+from pipeline.steps import plan, publish, ranges
+from pipeline.steps.cluster import run_tasks
+from pipeline.steps.outcomes import in_order, result_of
+from pipeline.steps.partial import RangeTask
+from pipeline.steps.progress import Voice
+from pipeline.types import SiteKey
+
+More = Callable[[publish.Draft, list[RangeTask]], dict[str, Any]]
+"""Adds files to a draft before the reduce; returns facts for the manifest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """What a snapshot is made of."""
+
+    config: AnalyzeConfig
+    """Says how to reduce, and where the result goes."""
+    identity: Mapping[str, Any]
+    """The fields of preparation and measure that the catalog stands for."""
+    decoder_norms: Mapping[SiteKey, np.ndarray]
+    """Of every SAE, in their order."""
+    receipts: plan.Receipts
+    """Of the same shards for every SAE."""
+    sources: Sequence[Mapping[str, Any]]
+    """What the manifest says of every source: its id, slice, names, shards, records dropped, tokens truncated."""
+    missing: Sequence[str] = ()
+    """Shards that should be in it and could not be analysed."""
+    weights: Mapping[str, int]
+    """By slice, where they differ."""
+    volatile: Mapping[str, Any]
+    """For the manifest, beside the content."""
+
+    @property
+    def sites(self) -> tuple[SiteKey, ...]:
+        """The SAEs."""
+        return tuple(self.decoder_norms)
+
+    def sorted_receipts(self) -> tuple[tuple[Receipt, ...], ...]:
+        """By site, sorted by shard."""
+        return tuple(tuple(found[key] for key in sorted(found)) for found in (self.receipts[s] for s in self.sites))
+
+
+def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: {}) -> tuple[Catalog, bool]:
+    """Merge the partials of the chosen shards and publish them, unless the newest snapshot says the same.
+
+    Args:
+        chosen: at least one shard.
+        voice: hears of the progress.
+        more: adds to the snapshot.
+
+    Returns:
+        The snapshot, and whether it is new.
+
+    Raises:
+        CorruptError: if the books of the merged statistics do not balance.
+    """
+    config, blobs, receipts = chosen.config, LocalBlobs(chosen.config.store.root), chosen.sorted_receipts()
+    settings = ranges.ReduceSettings(
+        root=config.store.root,
+        preparation_id=digest_of(chosen.identity["preparation"]),
+        model=config.model,
+        sampling=config.sampling,
+        sites=chosen.sites,
+        receipts=receipts,
+        weights=chosen.weights,
+    )
+    todo = ranges.tasks([len(norms) for norms in chosen.decoder_norms.values()])
+    with publish.Draft(blobs, chosen.sites, chosen.decoder_norms) as draft:
+        added = more(draft, todo)
+        with voice.stage("reduce", len(todo), "features") as stage:
+            make = partial(ranges.Reducer, settings)
+            outcomes = run_tasks(make, todo, config.cluster, on_event=voice.event, stage="reduce")
+
+            def results() -> Iterator[ranges.RangeResult]:
+                for outcome in in_order(todo, outcomes):
+                    stage.advance(outcome.task.num_features)
+                    yield result_of(outcome, f"features {outcome.task.start} to {outcome.task.stop}")
+
+            with blobs.writing():
+                draft.write(results(), config.ranking.score, receipts, chosen.weights)
+        volatile = {**chosen.volatile, "made_at": time.time()}
+        volatile["seconds"] = {**chosen.volatile["seconds"], "reduce": stage.seconds}
+        number, _, is_new = draft.publish(config.catalog.name, _facts(chosen, blobs) | added, volatile)
+    voice.event("done", {"snapshot": number, "is_new": is_new})
+    return Catalog(config.store.root, config.catalog.name, number), is_new
+
+
+def _facts(chosen: Chosen, blobs: LocalBlobs) -> dict[str, Any]:
+    """The part of the manifest that belongs to the content."""
+    receipts = chosen.sorted_receipts()
+    shards = [receipt.shard for receipt in receipts[0]]
+    dropped: Counter[str] = Counter()
+    for source in chosen.sources:
+        dropped.update(source["records_dropped"])
+    fits = {
+        str(site): publish.merged_fit(blobs, mine, chosen.weights)[1]
+        for site, mine in zip(chosen.sites, receipts, strict=True)
+    }
+    facts = {
+        "identity": chosen.identity,
+        "preparation_id": digest_of(chosen.identity["preparation"]),
+        "measures": plan.measure_ids(chosen.identity["measure"]),
+        "ranking": chosen.config.ranking.model_dump(mode="json"),
+        "span_groups": ranges.group_names(chosen.config.sampling),
+        "shards": [shard.model_dump(mode="json") for shard in shards],
+        "coverage": {
+            "complete": not chosen.missing,
+            "missing": list(chosen.missing),
+            "shards": len(shards),
+            "slices": _slices(shards),
+            "tokens": _tokens(chosen.sites, receipts),
+            "records_dropped": dict(sorted(dropped.items())),
+            "tokens_truncated": sum(source["tokens_truncated"] for source in chosen.sources),
+            "sources": sorted(chosen.sources, key=lambda source: (source["slice"], source["source_id"])),
+        },
+        "fraction_of_variance_unexplained": {k: None if np.isnan(v) else v for k, v in fits.items()},
+    }
+    return facts | ({"weights": dict(chosen.weights)} if chosen.weights else {})
+
+
+def _slices(shards: Sequence[ShardRecord]) -> dict[str, dict[str, int]]:
+    slices: dict[str, Counter[str]] = {}
+    for shard in shards:
+        here = slices.setdefault(shard.slice, Counter())
+        here.update(shards=1, contexts=shard.num_contexts, tokens=shard.num_tokens)
+    return {name: dict(counts) for name, counts in sorted(slices.items())}
+
+
+def _tokens(sites: Sequence[SiteKey], receipts: Sequence[Sequence[Receipt]]) -> dict[str, dict[str, int]]:
+    """By hook point, how many tokens count, and how many each rule excluded."""
+    tokens: dict[str, dict[str, int]] = {}
+    for site, mine in zip(sites, receipts, strict=True):
+        books: Counter[str] = Counter()
+        for receipt in mine:
+            books.update(receipt.tokens)
+        tokens[str(site.hook_point)] = dict(books)
+    return dict(sorted(tokens.items()))
