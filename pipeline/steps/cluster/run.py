@@ -191,7 +191,8 @@ class RayRun:
         self._places.dismiss(flight.worker)  # "unavailable" may still be running
         self._meters.lose()
         job = flight.job
-        if job is None:
+        # A node that leaves cancels what was on its way to it; while others work, that is no failed start.
+        if job is None and (flight.worker.node or not self._places.num_placed):
             self._failed_starts += 1
             if self._failed_starts >= _MAX_FAILED_STARTS:
                 raise CensusError(f"workers die while they start ({kind}: {message}); is there memory for the model?")
