@@ -35,7 +35,10 @@ def main(name: str, model: type[Config], job: Callable[[Config], int]) -> None:
         job: does the work and returns an exit code.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed and turned into exit code 1
-    ConfigStore.instance().store(name=f"{name}_defaults", node=model().model_dump(mode="json"))
+    defaults = model().model_dump(mode="json")
+    for key in _free_mappings(model):
+        defaults[key] = None  # Hydra adds no keys to a mapping, not even to an empty one
+    ConfigStore.instance().store(name=f"{name}_defaults", node=defaults)
     codes: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
@@ -57,10 +60,17 @@ def validate(model: type[Config], composed: DictConfig) -> Config:
         UserError: naming the first key that is wrong.
     """
     plain: Any = OmegaConf.to_container(composed, resolve=True)
+    for key in _free_mappings(model):
+        plain[key] = {} if plain.get(key) is None else plain[key]
     try:
         return model.model_validate(plain)
     except ValidationError as error:
         raise UserError(sentence(model, error)) from error
+
+
+def _free_mappings(model: type[BaseModel]) -> list[str]:
+    """The keys whose own keys the user makes up."""
+    return [name for name, field in model.model_fields.items() if field.default == {}]
 
 
 def guarded(run: Callable[[], int], model: type[BaseModel]) -> int:

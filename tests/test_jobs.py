@@ -1,6 +1,7 @@
 """What people type: overrides, exit codes, and one helpful line for every mistake."""
 
 import json
+import runpy
 import shutil
 import sys
 from collections.abc import Callable
@@ -55,6 +56,23 @@ def base(model_dir: Path, sae_dirs: dict[str, Path], corpus_dir: Path, tmp_path:
         "catalog.name=mine",
         "cluster.threads_per_worker=1",
     ]
+
+
+HYDRA_JOBS = sorted(path.stem for path in Path(_main.__file__).parent.glob("[a-z]*.py") if path.stem != "discover")
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
+@pytest.mark.parametrize("name", HYDRA_JOBS)
+def test_every_job_starts_and_explains_its_keys(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", [f"jobs.{name}", "--help"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module(f"jobs.{name}", run_name="__main__")
+    assert left.value.code in (0, None)
+    out = capsys.readouterr().out
+    assert "store:" in out or "out:" in out
 
 
 def test_a_catalog_is_made_planned_verified_and_left_alone_when_nothing_changed(

@@ -1,6 +1,8 @@
 """Scheduled runs: when they are due, what they record, and what raises an alarm."""
 
 import json
+import runpy
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -9,6 +11,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from conftest import MakeConfig, write_corpus
+from hydra.core.global_hydra import GlobalHydra
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -93,7 +96,7 @@ def weekly(tmp_path: Path, analyze_config: MakeConfig) -> Callable[..., SweepCon
 
     def make(**entries: Any) -> SweepConfig:
         return SweepConfig.model_validate(
-            {"store": {"root": str(tmp_path / "store")}, "defaults": keys, "entries": entries}
+            {"store": {"root": str(tmp_path / "store")}, "shared": keys, "entries": entries}
         )
 
     return make
@@ -203,3 +206,16 @@ def test_a_file_describes_the_sweep_and_the_command_line_goes_before_it(
         sweep(SweepConfig(file=str(file)), MONDAY, lambda line: None)
     with pytest.raises(ConfigError, match="cannot be read as YAML"):
         sweep(SweepConfig(file=str(tmp_path / "missing.yaml")), MONDAY, lambda line: None)
+
+
+def test_the_command_runs_a_file(
+    tmp_path: Path, weekly: Callable[..., SweepConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "weekly.yaml"
+    file.write_text(weekly(mine={"every": "1w"}).model_dump_json(exclude={"file", "store"}))
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", ["jobs.sweep", f"file={file}", f"store.root={tmp_path / 'elsewhere'}"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("jobs.sweep", run_name="__main__")
+    assert left.value.code == 0
+    assert (tmp_path / "elsewhere" / "sweeps" / "sweeps.parquet").exists()

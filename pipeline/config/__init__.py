@@ -4,6 +4,7 @@ from pipeline.config.ablate import AblateConfig
 from pipeline.config.analyze import AnalyzeConfig, VerifyConfig
 from pipeline.config.analyzer import FeatureAnalyzerConfig
 from pipeline.config.attribute import AttributeConfig, DirectLogitAttributorConfig
+from pipeline.config.catalog import SnapshotsConfig
 from pipeline.config.compare import CompareConfig, PromptsConfig, RankBy, SideConfig
 from pipeline.config.discover import DiscoverRequest, DiscoveryConfig, TauConfig
 from pipeline.config.sections import (
@@ -53,6 +54,7 @@ __all__ = [
     "Section",
     "ServeConfig",
     "SideConfig",
+    "SnapshotsConfig",
     "StatusConfig",
     "SteerConfig",
     "StoreConfig",

@@ -43,7 +43,7 @@ class EntryConfig(Section):
     timezone: str = "UTC"
     """In which cron is read."""
     config: dict[str, Any] = Field(default={})
-    """Keys of `jobs.analyze`, over those of `defaults`."""
+    """Keys of `jobs.analyze`, over those of `shared`."""
     alerts: tuple[AlertConfig, ...] = ()
 
     @property
@@ -81,7 +81,7 @@ class SweepConfig(Section):
     """A YAML file with the keys below; what the command line says goes before it."""
     store: StoreConfig = StoreConfig()
     """Of the ledger and of all entries."""
-    defaults: dict[str, Any] = Field(default={})
+    shared: dict[str, Any] = Field(default={})
     """Keys of `jobs.analyze` for all entries."""
     entries: dict[str, EntryConfig] = Field(default={})
     """By name; an entry's catalog has its name unless it says another."""

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 from pipeline.config import AnalyzeConfig
@@ -21,7 +20,7 @@ from pipeline.flows.catalog import Catalog
 from pipeline.flows.identity import find_config_sources, identify
 from pipeline.flows.reduction import Chosen, reduce
 from pipeline.io.blobs import LocalBlobs
-from pipeline.io.model import choose_device
+from pipeline.io.device import choose_device
 from pipeline.records import Failure, ShardRecord, SourceRecord, canonical
 from pipeline.steps import layout, plan, preflight, publish
 from pipeline.steps.cluster import connected, run_tasks
@@ -168,7 +167,7 @@ class _Run:
             make,
             left,
             cluster,
-            probe=FitProbe(shards=_spread([task.shard for task in left])) if asked else None,
+            probe=preflight.probe([task.shard for task in left]) if asked else None,
             judge=self._judge,
             needs_gpu=choose_device(self.config.model.device).type == "cuda",
             on_event=self.voice.event,
@@ -276,19 +275,6 @@ class _Run:
         with self.blobs.writing():
             facts, self.seconds["logits"] = write_logits(draft.folder, settings, todo, config.cluster, self.voice)
         return {"logits": facts}
-
-
-def _spread(shards: list[ShardRecord]) -> tuple[ShardRecord, ...]:
-    """Shards for the preflight: of every slice in turn, until they hold enough tokens."""
-    by_slice: dict[str, list[ShardRecord]] = {}
-    for shard in shards:
-        by_slice.setdefault(shard.slice, []).append(shard)
-    chosen: list[ShardRecord] = []
-    for turn in zip_longest(*by_slice.values()):
-        chosen += [shard for shard in turn if shard is not None]
-        if sum(shard.num_tokens for shard in chosen) >= preflight.NUM_TOKENS:
-            break
-    return tuple(chosen)
 
 
 def _about_task(task: ShardTask | FitProbe) -> dict[str, Any]:

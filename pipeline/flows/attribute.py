@@ -17,8 +17,9 @@ from pipeline.config.sections import EMBEDDED_SAES
 from pipeline.errors import CensusError, ConfigError, IdentityError
 from pipeline.flows.catalog import Catalog
 from pipeline.io.blobs import LocalBlobs
+from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.hooks import check_point
-from pipeline.io.model import Tokenizer, choose_device, choose_dtype, model_facts
+from pipeline.io.model import Tokenizer, model_facts
 from pipeline.records import canonical
 from pipeline.steps import layout, publish, ranges
 from pipeline.steps.cluster import run_tasks

@@ -1,7 +1,6 @@
 """Read a catalog: features, spans and statistics of a published snapshot, in memory or by key."""
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.io import store, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import ShardRecord
-from pipeline.steps import layout, plan, publish
+from pipeline.steps import finding, layout, plan, publish
 from pipeline.steps.logits import LOGITS, MOMENTS
 from pipeline.steps.reader import load_saes
 from pipeline.steps.stored_codes import StoredCodes, coactive
@@ -123,33 +122,13 @@ class Catalog:
         Returns:
             Rows with the key, `rank`, `label`, `in_label`, `num_spans` (of the top group, that match).
         """
-        wanted = text.casefold()
         rows = self.features.select(["hook_point", "sae", "feature_id", "rank", "label", "proto_label"]).to_pylist()
-        spans: Counter[tuple[str, str, int]] = Counter()
-        for key, tokens in self._peaks.items():
-            spans[key] = sum(wanted in token for token in tokens)
-        found = []
-        for row in rows:
-            label = row.pop("proto_label") if row["label"] is None else row["label"]
-            key = (row["hook_point"], row["sae"], row["feature_id"])
-            in_label = wanted in (label or "").casefold()
-            if in_label or spans[key]:
-                found.append(row | {"label": label, "in_label": in_label, "num_spans": spans[key]})
-        found.sort(key=lambda row: (not row["in_label"], -row["num_spans"], row["rank"], row["hook_point"], row["sae"]))
-        return found[:num_features]
+        return finding.by_label_or_peak(rows, self._peaks, text)[:num_features]
 
     @cached_property
-    def _peaks(self) -> dict[tuple[str, str, int], list[str]]:
-        """The peak tokens of every feature's strongest spans, case folded."""
+    def _peaks(self) -> finding.Peaks:
         columns = ["hook_point", "sae", "feature_id", "position", "start", "tokens"]
-        table = tables.read(self.folder / "spans.parquet", columns, filters=[("group", "=", "top")])
-        peaks: dict[tuple[str, str, int], list[str]] = {}
-        begin, tokens = tables.ragged(table, "tokens")
-        place = begin[:-1] + np.asarray(table["position"]) - np.asarray(table["start"])
-        keys = zip(*(table[name].to_pylist() for name in columns[:3]), strict=True)
-        for key, token in zip(keys, tokens[place], strict=True):
-            peaks.setdefault(key, []).append(token.casefold())
-        return peaks
+        return finding.peaks(tables.read(self.folder / "spans.parquet", columns, filters=[("group", "=", "top")]))
 
     def firing_on(self, text: str, num_features: int = 50) -> list[dict[str, Any]]:
         """Features that fire on a text in their kept spans: on any token of a place where it stands, as written.
@@ -162,23 +141,7 @@ class Catalog:
         """
         columns = ["hook_point", "sae", "feature_id", "shard_id", "context_id", "start", "text", "tokens", "values"]
         table = tables.read(self.folder / "spans.parquet", columns, filters=[("value", ">", 0)])
-        found: dict[tuple[str, str, int], dict[str, Any]] = {}
-        seen = set()
-        for row in table.filter(tables.contains(table, "text", text)).to_pylist():
-            key = (row["hook_point"], row["sae"], row["feature_id"])
-            strength = _strength_on(text, row["tokens"], row["values"])
-            address = (key, row["shard_id"], row["context_id"], row["start"])
-            if strength == 0 or address in seen:  # the same window may stand in several groups
-                continue
-            seen.add(address)
-            entry = found.setdefault(
-                key, dict(zip(columns, key, strict=False)) | {"num_spans": 0, "max": 0.0, "text": ""}
-            )
-            entry["num_spans"] += 1
-            if strength > entry["max"]:
-                entry["max"], entry["text"] = strength, row["text"]
-        order = sorted(found, key=lambda key: (-found[key]["num_spans"], -found[key]["max"], key))
-        return [found[key] for key in order[:num_features]]
+        return finding.by_text(table.filter(tables.contains(table, "text", text)).to_pylist(), text)[:num_features]
 
     def in_slice(self, name: str, num_features: int = 50, by: str = "frequency") -> tables.Table:
         """Rows of `slices` for one slice, by a column of theirs, the greatest first.
@@ -305,14 +268,3 @@ class Catalog:
     ) -> tables.Table:
         key = [("hook_point", "=", hook_point), ("sae", "=", sae), ("feature_id", "=", feature_id)]
         return tables.read((folder or self.folder) / file, filters=key)
-
-
-def _strength_on(text: str, tokens: Sequence[str], values: Sequence[float]) -> float:
-    """The strongest value at a token that holds a part of an occurrence of `text`; 0 if there is none."""
-    ends = np.cumsum([len(token) for token in tokens])
-    starts = np.concatenate([[0], ends[:-1]])
-    whole, best, place = "".join(tokens), 0.0, -1
-    while (place := whole.find(text, place + 1)) >= 0:
-        inside = (starts < place + len(text)) & (ends > place)
-        best = max(best, float(np.max(np.asarray(values)[inside], initial=0.0)))
-    return best

@@ -22,8 +22,9 @@ from pipeline.errors import CensusError, ConfigError, RequestError, SourceError
 from pipeline.findings import Discovery
 from pipeline.io import device, embedded
 from pipeline.io.blobs import LocalBlobs
+from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.memo import ArrayCache
-from pipeline.io.model import choose_device, choose_dtype, model_facts
+from pipeline.io.model import model_facts
 from pipeline.records import digest_of
 from pipeline.steps.background import load_backgrounds, read_labels, snapshot_folder
 from pipeline.steps.cluster import run_tasks

@@ -9,13 +9,13 @@ import numpy as np
 from jaxtyping import Float64
 
 from pipeline.compute import fixed
-from pipeline.compute.tests_of_difference import Sums, Tokens
+from pipeline.compute.tests_of_difference import Tokens
 from pipeline.config import SideConfig
 from pipeline.errors import ConfigError, IdentityError
 from pipeline.flows.catalog import Catalog
 from pipeline.io.blobs import LocalBlobs
 from pipeline.steps import plan
-from pipeline.steps.contrast import SiteSums
+from pipeline.steps.contrast import SiteSums, site_sums
 from pipeline.steps.pairs import Measured
 from pipeline.types import HookPoint, SiteKey
 
@@ -25,6 +25,8 @@ _INDIFFERENT = ("measure.sampling.", "measure.batch_contexts", "measure.codes", 
 """Fields that change samples, last bits or where documents are cut, and no expectation."""
 _OF_THE_MODEL = ("measure.model.digest", "measure.model.dtype", "measure.model.family")
 _SAES = "measure.saes."
+_INTEGERS = ("count", "document_count", "document_count_square", "document_count_tokens")
+_LIMBS = ("total", "total_square", "document_total_square", "document_total_tokens")
 
 
 class Side:
@@ -34,7 +36,7 @@ class Side:
         """Open the catalog.
 
         Raises:
-            ConfigError: if it, or a slice, is not there.
+            ConfigError: if it, or a slice, is not there, or if it weighs the chosen slices.
             IdentityError: if it was made from partials of another format.
         """
         self.catalog = Catalog(config.root, config.name, config.snapshot)
@@ -45,6 +47,11 @@ class Side:
                 f"catalog {config.name!r} has no slice {', '.join(map(repr, missing))}; it has {', '.join(self._all)}"
             )
         self.slices = sorted(set(config.slices or self._all))
+        if len(self.slices) > 1 and "weights" in self.catalog.manifest:
+            raise ConfigError(
+                f"catalog {config.name!r} weighs its slices, and tests count documents as they are; name one slice, or "
+                "compare the catalog that it was built from"
+            )
         self.identity: dict[str, Any] = self.catalog.manifest["identity"]
         made = self.identity["measure"]["format"]
         if made != plan.FORMAT:
@@ -83,37 +90,18 @@ class Side:
         chosen = [self._all.index(name) for name in self.slices]
 
         def total(name: str) -> np.ndarray:
-            return np.asarray(arrays[f"slice_{name}"][..., chosen].sum(axis=-1))
-
-        def read_out(name: str, scale: int) -> np.ndarray:
-            parts: Iterable[np.ndarray] = (arrays[f"slice_{name}"][:, i] for i in chosen)
-            return fixed.to_float(reduce(fixed.add, parts), scale)
+            parts: Iterable[np.ndarray] = (arrays[f"slice_{name}"][..., i] for i in chosen)
+            return np.asarray(sum(parts))
 
         tokens = Tokens(
             documents=int(total("documents")), tokens=int(total("tokens")), square=float(total("tokens_square"))
         )
         if not tokens.tokens:
             raise ConfigError(f"{', '.join(self.slices)} of catalog {self.name!r} has no counted token at {site}")
-        count, documents = total("count").astype(np.float64), total("document_count")
-        return SiteSums(
-            counts=Sums(
-                of=tokens,
-                firing_documents=documents,
-                value=count,
-                square=total("document_count_square").astype(np.float64),
-                with_tokens=total("document_count_tokens").astype(np.float64),
-                token_square=count,
-            ),
-            codes=Sums(
-                of=tokens,
-                firing_documents=documents,
-                value=read_out("total", fixed.SUM_SCALE),
-                square=read_out("document_total_square", fixed.SQUARE_SCALE),
-                with_tokens=read_out("document_total_tokens", fixed.SUM_SCALE),
-                token_square=read_out("total_square", fixed.SQUARE_SCALE),
-            ),
-            histogram=arrays["histogram"] if self.is_whole else None,
-        )
+        summed = {name: total(name) for name in _INTEGERS}
+        for name in _LIMBS:
+            summed[name] = reduce(fixed.add, (arrays[f"slice_{name}"][:, i] for i in chosen))
+        return site_sums(tokens, summed, arrays["histogram"] if self.is_whole else None)
 
     def scores(self, site: SiteKey) -> Float64[np.ndarray, " F"]:
         """The catalog's score of every feature of one SAE."""

@@ -92,7 +92,7 @@ def _with_file(config: SweepConfig) -> SweepConfig:
 
 
 def _config(config: SweepConfig, name: str) -> AnalyzeConfig:
-    keys = _merged(config.defaults, config.entries[name].config)
+    keys = _merged(config.shared, config.entries[name].config)
     keys = _merged({"catalog": {"name": name}}, keys) | {"store": config.store.model_dump()}
     try:
         return AnalyzeConfig.model_validate(keys)

@@ -24,7 +24,8 @@ from pipeline.flows.origins import Origins, chapter, origins
 from pipeline.io import report, schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.checkpoints import LoadedSae
-from pipeline.io.model import LanguageModel, choose_device, model_facts
+from pipeline.io.device import choose_device
+from pipeline.io.model import LanguageModel, model_facts
 from pipeline.io.paths import Paths
 from pipeline.records import canonical
 from pipeline.steps import layout

@@ -5,19 +5,16 @@ split of a dataset. Its identity is its content, its name inside the pattern tha
 never the folder it happens to lie in.
 """
 
-import glob
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from pipeline.errors import SourceError
-from pipeline.io import embedded, tables
-from pipeline.io.rows import FORMATS, PACKED, Bad, ReadSettings, Reason, Row, format_of, read_rows
+from pipeline.io import files, tables
+from pipeline.io.rows import Bad, ReadSettings, Reason, Row, read_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,21 +80,21 @@ def find_sources(
     by_slice = source if isinstance(source, Mapping) else {"all": source}
     found: dict[str, Source] = {}
     for slice_name, parts in by_slice.items():
-        files: list[tuple[str, Path]] = []
+        mine: list[tuple[str, Path]] = []
         for part in [parts] if isinstance(parts, str) else parts:
-            located = _locate(part, embedded_chars)
+            located = files.locate(part, embedded_chars)
             if isinstance(located, str):
                 unit = _dataset_source(slice_name, located, settings)
                 found[unit.identity(settings)] = unit
             else:
-                files += located
-        for group in _groups(_distinct(files), group_files):
+                mine += located
+        for group in files.groups(files.distinct(mine), group_files):
             unit = Source(
                 slice=slice_name,
                 names=tuple(name for name, _ in group),
                 paths=tuple(str(path) for _, path in group),
                 dataset=None,
-                digest=_digest(path for _, path in group),
+                digest=files.digest(path for _, path in group),
             )
             found[unit.identity(settings)] = unit
     return sorted(found.values(), key=lambda unit: (unit.slice, unit.names, unit.digest))
@@ -114,108 +111,10 @@ def read(source: Source, settings: ReadSettings) -> Iterator[Document | BadRecor
         rows = ((number, row) for number, row in enumerate(_dataset_rows(source.dataset, settings)))
         yield from _records(source, source.names[0], rows, settings)
         return
-    if _digest(map(Path, source.paths)) != source.digest:
+    if files.digest(map(Path, source.paths)) != source.digest:
         raise SourceError(f"{', '.join(source.paths)} changed while it was being prepared; run the command again")
     for name, path in zip(source.names, map(Path, source.paths), strict=True):
         yield from _records(source, name, read_rows(path, settings), settings)
-
-
-# --- finding ----------------------------------------------------------------------------------------------
-
-
-def _locate(part: str, embedded_chars: int) -> list[tuple[str, Path]] | str:
-    """Files with their names, or the id of a dataset."""
-    if part.startswith(embedded.PREFIX):
-        path = embedded.corpus_path(part, embedded_chars)
-        return [(path.name, path)]
-    if "://" in part:
-        return [_download(part)]
-    path = Path(part).expanduser()
-    if path.is_file():
-        format_of(path)
-        return [(path.name, path)]
-    if path.is_dir():
-        return part
-    if glob.has_magic(part):
-        base = Path(*_before_magic(path.parts))
-        pattern = Path(*path.parts[len(base.parts) :])
-        files = [file for file in base.glob(str(pattern)) if file.is_file()]
-        if not files:
-            raise SourceError(f"corpus.source {part} matches no file")
-        for file in files:
-            format_of(file)
-        return [(file.relative_to(base).as_posix(), file) for file in files]
-    looks_local = path.is_absolute() or part.startswith((".", "~")) or part.count("/") > 1
-    if looks_local or any(part.endswith(suffix) for suffix in FORMATS + PACKED):
-        raise SourceError(f"corpus.source {part} does not exist; expected a file, a glob, a URL or a dataset")
-    return part
-
-
-def _before_magic(parts: tuple[str, ...]) -> list[str]:
-    fixed = []
-    for part in parts[:-1]:
-        if glob.has_magic(part):
-            break
-        fixed.append(part)
-    return fixed
-
-
-def _download(url: str) -> tuple[str, Path]:
-    import fsspec
-
-    name = urlsplit(url).path.rstrip("/").rsplit("/", 1)[-1]
-    format_of(Path(name))
-    target = embedded.cache_dir() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{name}.draft")
-    try:
-        with fsspec.open(url, "rb") as remote, draft.open("wb") as local:
-            while block := remote.read(1 << 20):
-                local.write(block)
-    except Exception as error:  # every protocol has errors of its own
-        raise SourceError(f"corpus.source {url} could not be fetched: {error}") from error
-    draft.replace(target)
-    return name, target
-
-
-def _distinct(files: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
-    """Files by name, each once; a digest of its content sets apart those of one name in several folders."""
-    once = {path.resolve(): (name, path) for name, path in sorted(files, reverse=True)}
-    shared = Counter(name for name, _ in once.values())
-    seen: Counter[str] = Counter()
-    named = []
-    for name, path in sorted(once.values()):
-        if shared[name] > 1:
-            name = f"{name}#{_digest([path])[:16]}"
-            seen[name] += 1
-            name += f"#{seen[name]}" if seen[name] > 1 else ""
-        named.append((name, path))
-    return named
-
-
-def _groups(files: list[tuple[str, Path]], size: int) -> Iterator[list[tuple[str, Path]]]:
-    group: list[tuple[str, Path]] = []
-    for name, path in files:
-        group.append((name, path))
-        if int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % size == 0:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _digest(paths: Iterable[Path]) -> str:
-    whole = hashlib.sha256()
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                whole.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise SourceError(f"corpus file {path} cannot be read: {error.strerror}") from error
-    return whole.hexdigest()
-
-
-# --- datasets -----------------------------------------------------------------------------------------------
 
 
 def _dataset(name: str, settings: ReadSettings) -> Any:
@@ -259,9 +158,6 @@ def _dataset_source(slice_name: str, name: str, settings: ReadSettings) -> Sourc
         whole.update(json.dumps(text, default=str).encode() + b"\n")
     label = Path(name).name if Path(name).expanduser().is_dir() else name
     return Source(slice=slice_name, names=(label,), paths=(), dataset=name, digest=whole.hexdigest())
-
-
-# --- records ------------------------------------------------------------------------------------------------
 
 
 def _records(source: Source, name: str, rows: Iterable[Row], settings: ReadSettings) -> Iterator[Document | BadRecord]:

@@ -175,6 +175,18 @@ COMPARISON = pa.schema(
         pa.field("histogram_shift", pa.float64()),
     ]
 )
+_WHEN = ("old", "new")
+DIFF = pa.schema(
+    [
+        *_KEY,
+        pa.field("change", pa.string()),
+        *(pa.field(f"dead_{when}", pa.bool_()) for when in _WHEN),
+        *(pa.field(f"rank_{when}", pa.int32()) for when in _WHEN),
+        *(pa.field(f"{name}_{when}", pa.float64()) for name in ("score", "frequency", "mean") for when in _WHEN),
+        *list(COMPARISON)[len(_KEY) :],
+    ]
+)
+"""Columns of a comparison stand for the text after (a) and before (b)."""
 ABLATIONS = pa.schema(
     [
         *_KEY,

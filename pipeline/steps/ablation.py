@@ -21,9 +21,9 @@ from pipeline.config import AnalyzeConfig
 from pipeline.errors import CensusError
 from pipeline.io import device, tables
 from pipeline.io.blobs import LocalBlobs
+from pipeline.io.device import choose_device
 from pipeline.io.hooks import layout_of
 from pipeline.io.interventions import Function, Interventions
-from pipeline.io.model import choose_device
 from pipeline.steps import layout
 from pipeline.steps.reader import Reader
 from pipeline.types import SiteKey

@@ -3,15 +3,15 @@
 NaN stands for no answer: a quotient of nothing, or a test that was not made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int64
 
-from pipeline.compute import drift
+from pipeline.compute import drift, fixed
 from pipeline.compute import tests_of_difference as tests
-from pipeline.compute.tests_of_difference import Interval, Products, Sums
+from pipeline.compute.tests_of_difference import Interval, Products, Sums, Tokens
 from pipeline.config import RankBy
 
 Columns = dict[str, np.ndarray]
@@ -29,6 +29,36 @@ class SiteSums:
     """Of codes."""
     histogram: Int64[np.ndarray, "F H"] | None
     """Of codes; None if the side is a part of its catalog."""
+
+
+def site_sums(of: Tokens, arrays: Mapping[str, np.ndarray], histogram: Int64[np.ndarray, "F H"] | None) -> SiteSums:
+    """What the arrays of statistics and documents say about one side.
+
+    Args:
+        of: the side's tokens.
+        arrays: fields of `FeatureStats` and `DocumentStats`.
+        histogram: of codes, if it is known.
+    """
+    count, documents = arrays["count"].astype(np.float64), arrays["document_count"]
+    return SiteSums(
+        counts=Sums(
+            of=of,
+            firing_documents=documents,
+            value=count,
+            square=arrays["document_count_square"].astype(np.float64),
+            with_tokens=arrays["document_count_tokens"].astype(np.float64),
+            token_square=count,
+        ),
+        codes=Sums(
+            of=of,
+            firing_documents=documents,
+            value=fixed.to_float(arrays["total"], fixed.SUM_SCALE),
+            square=fixed.to_float(arrays["document_total_square"], fixed.SQUARE_SCALE),
+            with_tokens=fixed.to_float(arrays["document_total_tokens"], fixed.SUM_SCALE),
+            token_square=fixed.to_float(arrays["total_square"], fixed.SQUARE_SCALE),
+        ),
+        histogram=histogram,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

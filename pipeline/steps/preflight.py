@@ -6,6 +6,7 @@ how large reconstructions are beside activations. One such look catches nearly e
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -47,6 +48,19 @@ class Fit:
     """Median length of an activation."""
     norm_ratio: float
     """Median of (length of the reconstruction) / (length of the activation)."""
+
+
+def probe(shards: Sequence[ShardRecord]) -> FitProbe:
+    """A look at shards of every slice in turn, until they hold enough tokens."""
+    by_slice: dict[str, list[ShardRecord]] = {}
+    for shard in shards:
+        by_slice.setdefault(shard.slice, []).append(shard)
+    chosen: list[ShardRecord] = []
+    for turn in zip_longest(*by_slice.values()):
+        chosen += [shard for shard in turn if shard is not None]
+        if sum(shard.num_tokens for shard in chosen) >= NUM_TOKENS:
+            break
+    return FitProbe(shards=tuple(chosen))
 
 
 def measure(analyzer: Analyzer, probe: FitProbe) -> list[Fit]:

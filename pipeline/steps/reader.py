@@ -7,7 +7,8 @@ from torch import Tensor
 from pipeline.config import ModelConfig, SaeConfig
 from pipeline.errors import ConfigError
 from pipeline.io.checkpoints import LoadedSae, load_sae
-from pipeline.io.model import LanguageModel, Tokenizer, choose_device, choose_dtype
+from pipeline.io.device import choose_device, choose_dtype
+from pipeline.io.model import LanguageModel, Tokenizer
 from pipeline.types import HookPoint, SiteKey
 
 

@@ -26,7 +26,7 @@ from pipeline.config import AnalyzeConfig, SamplingConfig
 from pipeline.errors import NumericsError, ShardError
 from pipeline.io import device, store, tables
 from pipeline.io.blobs import LocalBlobs
-from pipeline.io.model import choose_device
+from pipeline.io.device import choose_device
 from pipeline.records import Receipt, ShardRecord, Stored
 from pipeline.steps import layout
 from pipeline.steps.reader import Reader

@@ -16,7 +16,7 @@ from pipeline.config import ModelConfig, SaeConfig
 from pipeline.errors import ConfigError, ShardError
 from pipeline.io import device, schemas, tables
 from pipeline.io.blobs import LocalBlobs
-from pipeline.io.model import choose_device
+from pipeline.io.device import choose_device
 from pipeline.io.paths import Paths
 from pipeline.steps import layout
 from pipeline.steps.reader import Reader

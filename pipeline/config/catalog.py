@@ -1,0 +1,73 @@
+"""Config of the job that lists, builds, compares and compacts snapshots of what is already analysed."""
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from pipeline.config.compare import RankBy
+from pipeline.config.sections import CatalogConfig, ClusterConfig, Section, StoreConfig
+
+_KEYS_OF = {
+    "build": {"also", "slices", "drop", "since", "until", "weights", "into"},
+    "diff": {"against", "min_documents", "confidence", "false_discovery_rate", "rank_by", "show", "out"},
+}
+
+
+class SnapshotsConfig(Section):
+    """`jobs.catalog`: snapshots of a store, without analysing anything."""
+
+    action: Literal["list", "build", "diff"] = "list"
+    """list: what the store has; build: a snapshot of chosen shards; diff: what changed between two snapshots."""
+    store: StoreConfig = StoreConfig()
+    catalog: CatalogConfig = CatalogConfig()
+    """build and diff: the catalog to begin with."""
+    snapshot: PositiveInt | None = None
+    """null: its newest."""
+    also: tuple[str, ...] = ()
+    """build: more catalogs of the same model, SAEs and settings, as name or name@snapshot; their shards join."""
+    slices: tuple[str, ...] = ()
+    """build: take these slices alone; * and ? stand for other characters. Empty: all."""
+    drop: tuple[str, ...] = ()
+    """build: leave these slices out."""
+    since: datetime | None = None
+    """build: only shards that were analysed at or after this time (UTC unless it names a zone)."""
+    until: datetime | None = None
+    """build: only shards that were analysed before this time."""
+    weights: dict[str, PositiveInt] = Field(default={})
+    """build: how often a slice counts in the statistics of the whole, by its exact name; 1 where none is said."""
+    into: str | None = Field(default=None, pattern=CatalogConfig.model_fields["name"].metadata[0].pattern)
+    """build: the catalog that gets the snapshot."""
+    against: PositiveInt | None = None
+    """diff: the earlier snapshot; null: the one before."""
+    min_documents: PositiveInt = 5
+    """diff: features that fire in fewer documents of both texts are not tested."""
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    """diff: of every interval."""
+    false_discovery_rate: float = Field(default=0.05, gt=0, lt=1)
+    """diff: share of false discoveries among features said to have moved."""
+    rank_by: RankBy = "log_odds"
+    """diff: features are ordered by the end of this interval that is nearer to no difference."""
+    show: PositiveInt = 10
+    """diff: features of each direction in the printed tables."""
+    out: str = "diff"
+    """diff: a directory for diff.parquet and diff.json."""
+    cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _no_zero(cls, weights: Any) -> Any:
+        if isinstance(weights, dict) and any(weight == 0 for weight in weights.values()):
+            raise ValueError("a weight is at least 1; to leave a slice out, drop it")
+        return weights
+
+    @model_validator(mode="after")
+    def _belongs(self) -> "SnapshotsConfig":
+        plain = type(self).model_fields
+        for action, keys in _KEYS_OF.items():
+            said = sorted(key for key in keys if getattr(self, key) != plain[key].default)
+            if said and action != self.action:
+                raise ValueError(f"{said[0]} is a key of action={action}, and action is {self.action}")
+        if self.action == "build" and self.into is None:
+            raise ValueError("action=build needs into=<name of the catalog that gets the snapshot>")
+        return self
