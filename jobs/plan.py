@@ -1,17 +1,17 @@
 """`python -m jobs.plan`: the same overrides as `jobs.analyze`; prints what it would cost, runs nothing."""
 
 from jobs import _main
-from pipeline.config import AnalyzeConfig
+from pipeline.config import AnalyzeConfig, ClusterConfig
 from pipeline.flows.plan import Plan, make_plan
 
 
 def job(config: AnalyzeConfig) -> int:
     """Print the plan."""
-    print(describe(make_plan(config), config.cluster.workers))
+    print(describe(make_plan(config), config.cluster))
     return _main.DONE
 
 
-def describe(plan: Plan, num_workers: int) -> str:
+def describe(plan: Plan, cluster: ClusterConfig) -> str:
     """The plan as lines for people."""
     cost = plan.cost
     lines = [
@@ -26,13 +26,13 @@ def describe(plan: Plan, num_workers: int) -> str:
             f"warning   {cost.bytes_per_token:.0f} bytes of partial a token: larger corpus.shard_tokens would cost less"
         )
     lines.append(f"memory    {_mib(cost.worker_bytes)} a worker, beside model and SAEs")
+    lines += [f"workers   {kind.workers} x {kind.needs(cluster.threads_per_worker)}" for kind in cluster.classes]
     if plan.tokens_per_second is None:
         lines.append("time      not known before the first shard is done")
     else:
-        left = (cost.num_tokens_left + plan.unprepared_tokens) / plan.tokens_per_second / num_workers
-        lines.append(
-            f"time      about {left:,.0f} s with {num_workers} workers at {plan.tokens_per_second:,.0f} tokens/s each"
-        )
+        rate, num_workers = plan.tokens_per_second, cluster.num_workers
+        left = (cost.num_tokens_left + plan.unprepared_tokens) / rate / num_workers
+        lines.append(f"time      about {left:,.0f} s with {num_workers} workers at {rate:,.0f} tokens/s each")
     return "\n".join(lines)
 
 

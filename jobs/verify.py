@@ -12,6 +12,8 @@ def job(config: VerifyConfig) -> int:
     verdict = verify(config)
     for sentence in verdict.wrong:
         print(sentence, file=sys.stderr)
+    for sentence in verdict.mixed:
+        print(sentence)
     print(
         f"{verdict.num_checked} files checked, {verdict.num_recomputed} shards recomputed, {len(verdict.wrong)} wrong"
     )

@@ -75,7 +75,7 @@ class Receipt(_Record):
     documents: dict[str, int]
     """Documents with at least one counted token, and the sum over documents of (counted tokens)²."""
     ran: dict[str, Any]
-    """Host, time and seconds; decides nothing."""
+    """Host, time, seconds and the machine's numerics; decides nothing."""
 
 
 class Failure(_Record):

@@ -1,6 +1,7 @@
 """A tiny world, made without a network: a random llama, its tokenizer, two SAEs and a corpus in two slices."""
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,9 @@ TOPICS = (
 BOILERPLATE = "All rights reserved by the bridge company. Read the list of names before you return."
 
 MakeConfig = Callable[..., AnalyzeConfig]
+# Ray's client server needs it, and a process that has once used Ray does not notice a change: its next cluster would
+# take it for dead and end its actors.
+os.environ["RAY_AUTH_MODE"] = "disabled"
 
 
 def sentences(rng: random.Random, num_words: int) -> str:

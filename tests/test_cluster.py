@@ -17,7 +17,8 @@ from pipeline.errors import ConfigError, ShardError
 from pipeline.flows.analyze import analyze
 from pipeline.io.blobs import LocalBlobs
 from pipeline.steps import publish
-from pipeline.steps.cluster import Outcome, connected, run_tasks
+from pipeline.steps.cluster import connected, run_tasks
+from pipeline.steps.outcomes import Outcome
 
 pytestmark = [
     pytest.mark.ray,

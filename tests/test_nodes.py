@@ -40,14 +40,18 @@ def cluster() -> Iterator[Cluster]:
     environment = pytest.MonkeyPatch()
     here = Path(__file__).resolve().parent
     environment.setenv("PYTHONPATH", f"{here.parent}:{here}")
-    environment.setenv("RAY_AUTH_MODE", "disabled")
     made = Cluster()
     made.add_node(
         num_cpus=0,
         ray_client_server_port=CLIENT_PORT,
         include_dashboard=False,
         object_store_memory=100 << 20,
-        _system_config={"metrics_report_interval_ms": 500},
+        _system_config={
+            "metrics_report_interval_ms": 500,
+            "health_check_initial_delay_ms": 0,  # a node that is gone is missed after two seconds instead of many
+            "health_check_period_ms": 500,
+            "health_check_failure_threshold": 4,
+        },
     )
     for _ in range(3):
         add(made)
@@ -56,8 +60,8 @@ def cluster() -> Iterator[Cluster]:
     environment.undo()
 
 
-def add(cluster: Cluster, num_cpus: int = 1) -> Any:
-    return cluster.add_node(num_cpus=num_cpus, object_store_memory=100 << 20)
+def add(cluster: Cluster, num_cpus: int = 1, **more: Any) -> Any:
+    return cluster.add_node(num_cpus=num_cpus, object_store_memory=100 << 20, **more)
 
 
 def settings(cluster: Cluster, **more: Any) -> ClusterConfig:
@@ -163,6 +167,34 @@ def test_a_run_outlives_a_node_uses_one_that_joins_and_gives_the_catalog_of_one_
     assert gone.node_id in again[0]
     assert gone.node_id not in again[1]
     assert any('"shard_done"' in line for line in events)
+
+
+def test_a_run_that_began_on_two_nodes_ends_on_the_one_that_is_left(
+    cluster: Cluster, analyze_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = analyze(analyze_config(tmp_path / "inline"), lambda line: None).catalog.digest
+    monkeypatch.setattr("pipeline.flows.analyze.AnalysisSession", gated(tmp_path / "gate"))
+    gone, left = (add(cluster, resources={"pair": 1}) for _ in range(2))
+    root = tmp_path / "pair"
+    on_the_pair = {"executor": "ray", "threads_per_worker": 1, "address": cluster.address}
+    on_the_pair["classes"] = [{"workers": 2, "resources": {"pair": 1}}]
+    config = analyze_config(root, cluster=on_the_pair)
+    with connected(config.cluster), ThreadPoolExecutor(1) as pool:
+        future = pool.submit(analyze, config, lambda line: None)
+        try:
+            assert nodes_at_work(root, future, lambda nodes: len(nodes) == 2) == {gone.node_id, left.node_id}
+            cluster.remove_node(gone, allow_graceful=False)
+        finally:
+            (tmp_path / "gate").touch()
+        done = future.result()
+    cluster.remove_node(left)
+    assert done.catalog.digest == whole
+    events = [line for path in root.glob("events/*.jsonl") for line in path.read_text().splitlines()]
+    lost = next(i for i, line in enumerate(events) if '"worker_lost"' in line and gone.node_id in line)
+    after = [line for line in events[lost:] if '"task_started"' in line]
+    assert after
+    assert all(left.node_id in line for line in after)
+    assert last_run(root).failures == ()
 
 
 def gated(gate: Path) -> type[AnalysisSession]:

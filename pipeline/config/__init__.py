@@ -20,6 +20,7 @@ from pipeline.config.sections import (
     SamplingConfig,
     Section,
     StoreConfig,
+    WorkerClass,
 )
 from pipeline.config.serve import ServeConfig
 from pipeline.config.status import StatusConfig
@@ -61,4 +62,5 @@ __all__ = [
     "TauConfig",
     "TraceConfig",
     "VerifyConfig",
+    "WorkerClass",
 ]

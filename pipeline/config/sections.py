@@ -1,8 +1,8 @@
 """The sections that jobs share: every key, its default and its meaning."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, StringConstraints, model_validator
 
 Source = str | tuple[str, ...]
 
@@ -148,8 +148,56 @@ class BatchConfig(Section):
     """Contexts of one forward pass; part of the measure, because it decides the last bits."""
 
 
+Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
+
+
+class WorkerClass(Section):
+    """Workers of one kind, for a cluster whose nodes are of several kinds.
+
+    All compute with cluster.threads_per_worker threads, because threads are a part of the measure.
+    """
+
+    workers: PositiveInt = 1
+    """Actors of this class."""
+    gpus_per_worker: float | None = Field(default=None, ge=0)
+    """null: 1 if the model runs on a GPU, else 0."""
+    memory_gib: PositiveFloat | None = None
+    """Memory that Ray sets aside on its node; null: none."""
+    resources: dict[str, PositiveFloat] = {}
+    """What else it takes of a node: custom resources of Ray, by name."""
+    labels: dict[str, Label] = {}
+    """Labels that its node must have, as `ray start --labels` or Ray itself gave them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _same_threads(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "threads_per_worker" in given:
+            raise ValueError(
+                "all classes compute with cluster.threads_per_worker threads, because threads are a part of the "
+                "measure; leave it out of cluster.classes"
+            )
+        return given
+
+    @model_validator(mode="after")
+    def _custom_only(self) -> "WorkerClass":
+        if taken := sorted({"CPU", "GPU", "memory", "object_store_memory"} & self.resources.keys()):
+            raise ValueError(
+                f"resources names {', '.join(taken)}, which Ray counts itself; use gpus_per_worker, memory_gib or "
+                "cluster.threads_per_worker"
+            )
+        return self
+
+    def needs(self, threads: int) -> str:
+        """What one of them takes of a node, for people."""
+        gpus = "a GPU if there is one" if self.gpus_per_worker is None else f"{self.gpus_per_worker:g} GPUs"
+        custom = [f"{amount:g} {name}" for name, amount in sorted(self.resources.items())]
+        labels = [f"label {name}={value}" for name, value in sorted(self.labels.items())]
+        memory = [f"{self.memory_gib:g} GiB"] if self.memory_gib else []
+        return " and ".join([f"{threads} CPUs", gpus, *memory, *custom, *labels])
+
+
 class ClusterConfig(Section):
-    """Who does the work. Of these only threads_per_worker can change a bit of the result."""
+    """Who does the work. Of these only threads_per_worker and mixed_numerics can change a bit of the result."""
 
     executor: Literal["auto", "inline", "ray"] = "auto"
     """inline: in this process; ray: actors; auto: ray if there is more than one worker."""
@@ -159,6 +207,10 @@ class ClusterConfig(Section):
     """Threads of one worker; part of the measure."""
     gpus_per_worker: float | None = Field(default=None, ge=0)
     """null: 1 if the model runs on a GPU, else 0."""
+    classes: tuple[WorkerClass, ...] = ()
+    """Workers of several kinds, instead of workers and gpus_per_worker."""
+    mixed_numerics: bool = False
+    """Let nodes that compute other bits join in; the measure is then a mixed one, which no run repeats to the bit."""
     address: str = Field(
         default="local", pattern=r"^(local|auto|(ray://)?[^\s/:]+:[0-9]{1,5}|(ray://)?\[[0-9a-fA-F:]+\]:[0-9]{1,5})$"
     )
@@ -170,6 +222,24 @@ class ClusterConfig(Section):
     """A shard that fails this often by breaking its worker is quarantined."""
     deadline_seconds: float | None = Field(default=None, gt=0)
     """A task that takes longer is taken from its worker; null: 20 x the median so far, at least 300 s."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "ClusterConfig":
+        if self.classes and (self.workers != 1 or self.gpus_per_worker is not None):
+            raise ValueError(
+                "classes say how many workers there are and what they take; leave out workers and gpus_per_worker"
+            )
+        return self
+
+    @property
+    def worker_classes(self) -> tuple[WorkerClass, ...]:
+        """The classes; where none are named, the one of `workers` and `gpus_per_worker`."""
+        return self.classes or (WorkerClass(workers=self.workers, gpus_per_worker=self.gpus_per_worker),)
+
+    @property
+    def num_workers(self) -> int:
+        """Of all classes."""
+        return sum(kind.workers for kind in self.worker_classes)
 
 
 class StoreConfig(Section):

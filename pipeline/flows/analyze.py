@@ -23,9 +23,9 @@ from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device
 from pipeline.records import Failure, ShardRecord, SourceRecord, canonical
 from pipeline.steps import layout, plan, preflight, publish
-from pipeline.steps.cluster import Outcome, connected, run_tasks
+from pipeline.steps.cluster import connected, run_tasks
 from pipeline.steps.logits import LogitSettings
-from pipeline.steps.outcomes import result_of
+from pipeline.steps.outcomes import Outcome, result_of
 from pipeline.steps.partial import RangeTask
 from pipeline.steps.preflight import FitProbe
 from pipeline.steps.prepare import Preparer, PrepareSettings, choose_shards, read_settings
@@ -98,7 +98,7 @@ class _Run:
         """The time of the run; `jobs.status` is told of it."""
         self._describe()
         cluster = self.config.cluster
-        about = {"catalog": catalog, "workers": cluster.workers, "address": cluster.address}
+        about = {"catalog": catalog, "workers": cluster.num_workers, "address": cluster.address}
         with self.voice.running(about), connected(cluster):
             yield
 
@@ -256,7 +256,7 @@ class _Run:
             weights={},
             volatile={
                 "config": self.config.model_dump(mode="json"),
-                "numerics": self.identity.numerics,
+                "numerics": self.identity.numerics_of(each for found in receipts.values() for each in found.values()),
                 "seconds": self.seconds,
             },
         )

@@ -1,5 +1,6 @@
 """Everything that decides numbers, read and checked before any work."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from pipeline.io.corpus import Source, find_sources
 from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.hooks import check_point
 from pipeline.io.model import ModelFacts, Tokenizer, model_facts
-from pipeline.records import digest_of
+from pipeline.records import Receipt, canonical, digest_of
 from pipeline.steps import plan
 from pipeline.steps.logits import check_request
 from pipeline.steps.prepare import preparation_fields, read_settings
@@ -48,6 +49,13 @@ class Identity:
         """What every snapshot of a catalog shares."""
         return {"preparation": self.preparation, "measure": self.measure}
 
+    def numerics_of(self, receipts: Iterable[Receipt]) -> dict[str, Any]:
+        """What the shards of a snapshot were computed with: one answer, or `mixed`: all there are."""
+        if self.measure["numerics"] != plan.MIXED:
+            return dict(self.numerics)
+        found = {canonical(receipt.ran["numerics"]): receipt.ran["numerics"] for receipt in receipts}
+        return {plan.MIXED: [found[key] for key in sorted(found)]}
+
 
 def identify(config: AnalyzeConfig) -> Identity:
     """Read model config, SAEs and tokenizer; check what can be checked without the model's weights.
@@ -57,6 +65,11 @@ def identify(config: AnalyzeConfig) -> Identity:
     """
     model = config.model
     chosen = choose_device(model.device)
+    if config.cluster.mixed_numerics and model.dtype == "auto":
+        raise ConfigError(
+            "cluster.mixed_numerics is true and model.dtype auto, which machines of several kinds may understand in "
+            "several ways; choose one, as model.dtype=float32"
+        )
     facts = model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code)
     saes = load_saes(config.saes)
     for key, loaded in saes.items():

@@ -20,7 +20,7 @@ from pipeline.steps.pairs import Measured
 from pipeline.types import HookPoint, SiteKey
 
 Kind = Literal["slices", "corpora", "drift"]
-_INDIFFERENT = ("measure.sampling.", "measure.batch_contexts", "measure.codes", "measure.numerics.",
+_INDIFFERENT = ("measure.sampling.", "measure.batch_contexts", "measure.codes", "measure.numerics",
                 "preparation.shard_tokens")  # fmt: skip
 """Fields that change samples, last bits or where documents are cut, and no expectation."""
 _OF_THE_MODEL = ("measure.model.digest", "measure.model.dtype", "measure.model.family")

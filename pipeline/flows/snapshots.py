@@ -124,7 +124,7 @@ def build(config: SnapshotsConfig, say: Callable[[str], None] | None = None) -> 
     )
     plan.claim(blobs, settings.catalog.name, identity)
     voice = Voice(blobs, layout.events(f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"), say)
-    about = {"catalog": config.into, "workers": config.cluster.workers, "address": config.cluster.address}
+    about = {"catalog": config.into, "workers": config.cluster.num_workers, "address": config.cluster.address}
     with voice.running(about), connected(config.cluster):
         return reduce(chosen, voice, lambda draft, todo: _copy_logits(base, draft, todo))
 

@@ -196,6 +196,8 @@ class _Told:
             case "quarantined":
                 self._over(event)
                 self.failures.append(_reason(event))
+            case "worker_left":
+                self.workers.discard(event["worker"])
             case "worker_lost" | "worker_refused":
                 self._over(event)
                 self.workers.discard(event["worker"])

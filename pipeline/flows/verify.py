@@ -9,7 +9,7 @@ from pipeline.config import AnalyzeConfig, VerifyConfig
 from pipeline.errors import CensusError, ConfigError, CorruptError
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import Receipt
-from pipeline.steps import layout
+from pipeline.steps import layout, plan
 from pipeline.steps.prepare import stored_shard_id
 from pipeline.steps.reader import load_saes
 from pipeline.steps.shard import Analyzer
@@ -26,6 +26,8 @@ class Verdict:
     """Shards that were analysed again."""
     wrong: tuple[str, ...]
     """One sentence for each file that is not what its record says, with what to do."""
+    mixed: tuple[str, ...]
+    """One sentence for each measure with shards that no recomputation here can prove, if any was asked for."""
 
 
 def verify(config: VerifyConfig) -> Verdict:
@@ -37,15 +39,17 @@ def verify(config: VerifyConfig) -> Verdict:
     blobs = LocalBlobs(config.store.root)
     if not (blobs.root / "measures").is_dir():
         raise ConfigError(f"store.root {blobs.root} holds no measures; is it the root of a run?")
-    num_checked, num_recomputed, wrong = 0, 0, []
+    num_checked, num_recomputed = 0, 0
+    wrong: list[str] = []
+    mixed: list[str] = []
     for complaint in (*_shards(blobs), *_receipts(blobs), *_snapshots(blobs)):
         num_checked += 1
         wrong += [complaint] if complaint else []
     if config.recompute:
-        for complaint in _recompute(blobs, config):
+        for complaint in _recompute(blobs, config, mixed):
             num_recomputed += 1
             wrong += [complaint] if complaint else []
-    return Verdict(num_checked=num_checked, num_recomputed=num_recomputed, wrong=tuple(wrong))
+    return Verdict(num_checked=num_checked, num_recomputed=num_recomputed, wrong=tuple(wrong), mixed=tuple(mixed))
 
 
 def _shards(blobs: LocalBlobs) -> Iterator[str]:
@@ -92,8 +96,11 @@ def _snapshots(blobs: LocalBlobs) -> Iterator[str]:
             yield "" if sound else f"{folder}{name} is damaged: remove the folder and run jobs.analyze again"
 
 
-def _recompute(blobs: LocalBlobs, config: VerifyConfig) -> Iterator[str]:
-    """Analyse hash-random shards of every measure again, by the manifest that made them."""
+def _recompute(blobs: LocalBlobs, config: VerifyConfig, mixed: list[str]) -> Iterator[str]:
+    """Analyse hash-random shards of every measure again, by the manifest that made them.
+
+    Of a mixed measure, only those of machines that compute as this one does: others go into `mixed`, as a number.
+    """
     for manifest in sorted(blobs.path("measures").glob("*/manifest.json")):
         measure_id = manifest.parent.name
         made = json.loads(manifest.read_bytes())
@@ -106,6 +113,13 @@ def _recompute(blobs: LocalBlobs, config: VerifyConfig) -> Iterator[str]:
         except CensusError as error:
             yield f"measures/{measure_id} cannot be recomputed here: {error}"
             continue
+        if made["fields"]["numerics"] == plan.MIXED:
+            mine = [receipt for receipt in receipts if receipt.ran["numerics"] == analyzer.numerics]
+            mixed.append(
+                f"measures/{measure_id} is mixed: {len(receipts) - len(mine)} of its {len(receipts)} shards come from "
+                "machines that compute other bits than this one, and cannot be recomputed here to the bit"
+            )
+            receipts = mine
         for receipt in receipts[: config.recompute]:
             same = analyzer.digest(receipt.shard, site) == receipt.partial.sha256
             yield "" if same else f"shard {receipt.shard.shard_id} of measure {measure_id} gives other bytes today"

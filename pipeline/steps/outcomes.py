@@ -1,10 +1,81 @@
-"""What became of a list of tasks: outcomes in the order of tasks, and their results or a reason."""
+"""Tasks and what becomes of them: workers give replies, replies become outcomes, outcomes come in some order."""
 
+import traceback
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
-from pipeline.errors import CensusError
-from pipeline.steps.cluster import Outcome
+from pipeline.errors import CensusError, UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+TaskIn = TypeVar("TaskIn", contravariant=True)
+ResultOut = TypeVar("ResultOut", covariant=True)
+
+
+class Worker(Protocol[TaskIn, ResultOut]):
+    """Anything that turns tasks into results, one by one."""
+
+    def run(self, task: TaskIn, /) -> ResultOut:
+        """Do one task."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome(Generic[Task, Result]):
+    """What became of a task: a result, or a failure with its reason."""
+
+    task: Task
+    result: Result | None = None
+    kind: str = ""
+    """Of the failure: the exception's name, or how the worker was lost."""
+    message: str = ""
+    details: str = ""
+    """Traceback, if there is one."""
+    attempts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a worker answers: data only, so that no exception has to travel between processes."""
+
+    result: Any = None
+    user_error: UserError | None = None
+    kind: str = ""
+    message: str = ""
+    details: str = ""
+
+    def checked(self) -> "Reply":
+        """The same.
+
+        Raises:
+            UserError: if that was the answer.
+        """
+        if self.user_error is not None:
+            raise self.user_error
+        return self
+
+    def outcome(self, task: Any, attempts: int) -> Outcome[Any, Any]:
+        """Of a task, at this attempt."""
+        return Outcome(
+            task=task,
+            result=self.result,
+            kind=self.kind,
+            message=self.message,
+            details=self.details,
+            attempts=attempts,
+        )
+
+
+def attempt(worker: Worker[Any, Any], task: Any) -> Reply:
+    """Let a worker do a task, and answer whatever comes of it."""
+    try:
+        return Reply(result=worker.run(task))
+    except UserError as error:
+        return Reply(user_error=error)
+    except Exception as error:  # noqa: BLE001  # whatever one task raises must not end the others
+        details = "" if isinstance(error, CensusError) else traceback.format_exc()
+        return Reply(kind=type(error).__name__, message=str(error) or repr(error), details=details)
 
 
 def result_of(outcome: Outcome[Any, Any], what: str) -> Any:

@@ -25,6 +25,8 @@ from pipeline.types import SiteKey
 
 FORMAT = 3
 """Raise it when the arrays of a partial change."""
+MIXED = "mixed"
+"""The numerics of a measure whose shards may come from machines that compute other bits."""
 _SAMPLE_BYTES = 22
 """Stored bytes of a kept sample with the codes of its context, measured on the embedded SAEs."""
 
@@ -60,7 +62,7 @@ def measure_fields(
         "sampling": asdict(sample_sizes(config.sampling)) | {"seed": config.sampling.seed},
         "batch_contexts": config.batch.contexts,
         "codes": config.codes,
-        "numerics": dict(numerics),
+        "numerics": MIXED if config.cluster.mixed_numerics else dict(numerics),
     }
 
 

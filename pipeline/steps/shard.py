@@ -112,9 +112,9 @@ class Analyzer:
         self._config, self._preparation_id, self._measure_ids = config, preparation_id, measure_ids
         self._blobs = LocalBlobs(config.store.root)
         chosen = choose_device(config.model.device)
-        mine = device.configure(config.cluster.threads_per_worker, chosen)
-        if mine != numerics:
-            raise NumericsError(f"this worker computes with {mine}, but the run was planned with {numerics}")
+        self.numerics = device.configure(config.cluster.threads_per_worker, chosen)
+        if self.numerics != numerics and not config.cluster.mixed_numerics:
+            raise NumericsError(f"this worker computes with {self.numerics}, but the run was planned with {numerics}")
         self._reader = Reader(config.model, config.saes)
         self._reader.drop_above()
         self.saes, self.points = self._reader.saes, self._reader.points
@@ -182,7 +182,7 @@ class Analyzer:
         began = time.monotonic()
         measured = self._measure(task)
         seconds = time.monotonic() - began
-        ran = {"host": socket.gethostname(), "at": time.time(), "seconds": round(seconds, 3)}
+        ran = {"host": socket.gethostname(), "at": time.time(), "seconds": round(seconds, 3), "numerics": self.numerics}
         return tuple(self._commit(task.shard, self._measure_ids[site], measured[site], ran) for site in task.sites)
 
     def _commit(self, shard: ShardRecord, measure_id: str, measured: _Measured, ran: dict[str, Any]) -> Receipt:
