@@ -119,9 +119,9 @@ class Places:
     def _look_for_draining(self) -> set[str]:
         """Ray has no public word for it; from outside a cluster there is none at all. It takes a millisecond."""
         now = time.monotonic()
-        if now - self._looked_at > _LOOK_SECONDS and not self._ray.util.client.ray.is_connected():
-            self._draining = set(self._ray._private.state.state.get_draining_nodes())
-            self._looked_at = now
+        look = getattr(self._ray._private.state.state, "get_draining_nodes", None)
+        if look and now - self._looked_at > _LOOK_SECONDS and not self._ray.util.client.ray.is_connected():
+            self._draining, self._looked_at = set(look()), now
         return self._draining
 
     def await_room(self) -> str:
