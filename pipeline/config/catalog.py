@@ -5,16 +5,16 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from pipeline.config.compare import RankBy
-from pipeline.config.sections import CatalogConfig, ClusterConfig, Section, StoreConfig
+from pipeline.config.compare import TestedSection
+from pipeline.config.sections import CatalogConfig, ClusterConfig, StoreConfig
 
 _KEYS_OF = {
     "build": {"also", "slices", "drop", "since", "until", "weights", "into"},
-    "diff": {"against", "min_documents", "confidence", "false_discovery_rate", "rank_by", "show", "out"},
+    "diff": {"against", "out", *TestedSection.model_fields},
 }
 
 
-class SnapshotsConfig(Section):
+class SnapshotsConfig(TestedSection):
     """`jobs.catalog`: snapshots of a store, without analysing anything."""
 
     action: Literal["list", "build", "diff"] = "list"
@@ -40,16 +40,6 @@ class SnapshotsConfig(Section):
     """build: the catalog that gets the snapshot."""
     against: PositiveInt | None = None
     """diff: the earlier snapshot; null: the one before."""
-    min_documents: PositiveInt = 5
-    """diff: features that fire in fewer documents of both texts are not tested."""
-    confidence: float = Field(default=0.95, gt=0, lt=1)
-    """diff: of every interval."""
-    false_discovery_rate: float = Field(default=0.05, gt=0, lt=1)
-    """diff: share of false discoveries among features said to have moved."""
-    rank_by: RankBy = "log_odds"
-    """diff: features are ordered by the end of this interval that is nearer to no difference."""
-    show: PositiveInt = 10
-    """diff: features of each direction in the printed tables."""
     out: str = "diff"
     """diff: a directory for diff.parquet and diff.json."""
     cluster: ClusterConfig = ClusterConfig()

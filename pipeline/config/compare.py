@@ -36,16 +36,9 @@ class PromptsConfig(Section):
         return self
 
 
-class CompareConfig(Section):
-    """`jobs.compare`: which features tell a from b."""
+class TestedSection(Section):
+    """How differences are tested, ordered and shown."""
 
-    a: SideConfig = SideConfig()
-    b: SideConfig = SideConfig()
-    prompts: PromptsConfig = PromptsConfig()
-    analyze: AnalyzeConfig = AnalyzeConfig(
-        corpus=CorpusConfig(txt_documents="line"), catalog=CatalogConfig(name="prompts"), preflight="off"
-    )
-    """How prompts are analysed, as slices a and b of this catalog; nothing else looks at it."""
     min_documents: PositiveInt = 5
     """Features that fire in fewer documents of both sides are not tested."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
@@ -56,5 +49,17 @@ class CompareConfig(Section):
     """Features are ordered by the end of this interval that is nearer to no difference: what is sure of it."""
     show: PositiveInt = 10
     """Features of each direction in the printed tables and the summary."""
+
+
+class CompareConfig(TestedSection):
+    """`jobs.compare`: which features tell a from b."""
+
+    a: SideConfig = SideConfig()
+    b: SideConfig = SideConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    analyze: AnalyzeConfig = AnalyzeConfig(
+        corpus=CorpusConfig(txt_documents="line"), catalog=CatalogConfig(name="prompts"), preflight="off"
+    )
+    """How prompts are analysed, as slices a and b of this catalog; nothing else looks at it."""
     out: str = "comparison"
     """A directory for comparison.parquet and comparison.json."""
