@@ -1,7 +1,8 @@
-"""What the store says in JSON: sources, shards, receipts, failures. Frozen, validated on reading."""
+"""What the store says in JSON: sources, shards, receipts, nodes, failures. Frozen, validated on reading."""
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -76,6 +77,36 @@ class Receipt(_Record):
     """Documents with at least one counted token, and the sum over documents of (counted tokens)²."""
     ran: dict[str, Any]
     """Host, time, seconds and the machine's numerics; decides nothing."""
+
+
+class Node(_Record):
+    """The commit record of a node, the merge of partials of one slice under one measure: written last."""
+
+    measure_id: str
+    slice: str
+    shards: tuple[str, ...]
+    """Ids, ascending: the ordinal of a sample's shard in a node is a place among these."""
+    merged: Stored
+    tokens: dict[str, int]
+    """Sums of what the receipts say, as the next two."""
+    contexts: int
+    documents: dict[str, int]
+
+    @property
+    def node_id(self) -> str:
+        """Says of what it is the merge."""
+        return node_id(self.measure_id, self.slice, self.shards)
+
+
+def node_id(measure_id: str, slice_name: str, shards: Sequence[str]) -> str:
+    """The name of the merge of some shards.
+
+    Args:
+        measure_id: of the partials.
+        slice_name: of all the shards.
+        shards: ids, ascending.
+    """
+    return digest_of({"measure_id": measure_id, "slice": slice_name, "shards": list(shards)})
 
 
 class Failure(_Record):

@@ -231,6 +231,17 @@ class Samples:
         below = np.minimum(raised[firings.group] - octave, slots - 1)
         self.bands.put(firings.regrouped(firings.group * slots + below))
 
+    def contexts(self) -> Entries:
+        """Where the kept firings are: each context of a feature once, by feature (the group), shard and row."""
+        slots = self.sizes.bands + 1
+        bands = self.bands.entries()
+        every = joined([self.top.entries(), self.random.entries(), bands.regrouped(bands.group // slots)])
+        order = np.lexsort((every.row, every.shard, every.group))
+        every = every.where(order)
+        parts = (every.group, every.shard, every.row)
+        is_new = np.any([np.diff(part, prepend=-1) != 0 for part in parts], axis=0)
+        return every.where(is_new)
+
     def band(self, feature: int, index: int) -> Entries:
         """The kept firings of one feature in one band; the index `sizes.bands` is all that is weaker."""
         return self.bands.entries(np.array([feature * (self.sizes.bands + 1) + index]))
@@ -260,7 +271,7 @@ def exponent_of(value: Float32[np.ndarray, " N"]) -> Int32[np.ndarray, " N"]:
 
 def firing_keys(
     seed: int,
-    shard_key: int,
+    shard_key: int | UInt64[np.ndarray, " N"],
     feature: Int32[np.ndarray, " N"] | Int64[np.ndarray, " N"],
     row: Int32[np.ndarray, " N"],
     position: Int32[np.ndarray, " N"],
@@ -269,22 +280,25 @@ def firing_keys(
 
     Args:
         seed: the key.
-        shard_key: 64 bits of the shard's id.
+        shard_key: 64 bits of the shard's id, of all firings or of each.
         feature: ids in the whole dictionary, whatever range is at hand.
         row: context in the shard.
         position: token in the context.
     """
     features = np.arange(int(feature.max(initial=0)) + 1, dtype=np.uint64)
-    salt = _mix(_mix(features ^ _mix(np.uint64(seed))) ^ np.uint64(shard_key))
+    salt = _mix(features ^ _mix(np.uint64(seed)))
+    # of one shard, a mix for every feature is cheaper than one for every firing
+    salt = _mix(salt ^ np.uint64(shard_key))[feature] if isinstance(shard_key, int) else _mix(salt[feature] ^ shard_key)
     token = (row.astype(np.uint64) << np.uint64(32)) | position.astype(np.uint64)
-    return _as_key(_mix(token ^ salt[feature]))
+    return _as_key(_mix(token ^ salt))
 
 
 def silent_keys(
-    seed: int, shard_key: int, row: Int32[np.ndarray, " N"] | Int64[np.ndarray, " N"]
+    seed: int, shard_key: int | UInt64[np.ndarray, " N"], row: Int32[np.ndarray, " N"] | Int64[np.ndarray, " N"]
 ) -> Int64[np.ndarray, " N"]:
     """The keyed hash of each context."""
-    return _as_key(_mix(row.astype(np.uint64) ^ _mix(np.uint64(seed) ^ np.uint64(shard_key))))
+    salt = np.uint64(shard_key) if isinstance(shard_key, int) else shard_key
+    return _as_key(_mix(row.astype(np.uint64) ^ _mix(np.uint64(seed) ^ salt)))
 
 
 def _as_key(mixed: UInt64[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:

@@ -190,6 +190,11 @@ class _Run:
         for failure in failures:
             for found in receipts.values():
                 found.pop(failure.shard.shard_id, None)
+        if failures and all(receipts.values()) and plan.lost(self.blobs, receipts):
+            # a node stood for a shard that failed for another SAE, and the partials of the rest were pruned
+            failed = {failure.shard.shard_id for failure in failures}
+            receipts, more = self.map([shard for shard in shards if shard.shard_id not in failed])
+            failures += more
         return receipts, failures
 
     def _tell_plan(self, shards: list[ShardRecord], left: list[ShardTask]) -> None:

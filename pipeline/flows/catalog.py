@@ -214,6 +214,8 @@ class Catalog:
         return [{"feature_id": int(i), "cosine": float(cosine[i])} for i in order[:num_features]]
 
     def _stored(self, hook_point: str, sae: str) -> StoredCodes:
+        if self.manifest["identity"]["measure"]["codes"] != "keep":
+            raise ConfigError("this catalog's codes were not kept; analyze with codes=keep to ask for them")
         shards = [ShardRecord.model_validate(shard) for shard in self.manifest["shards"]]
         measure_id = plan.measure_ids(self.manifest["identity"]["measure"])[f"{hook_point}/{sae}"]
         return StoredCodes(self._blobs, measure_id, shards)

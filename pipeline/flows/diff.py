@@ -22,7 +22,7 @@ from pipeline.flows.catalog import Catalog
 from pipeline.io import schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import Receipt, canonical
-from pipeline.steps import contrast, layout, plan, publish, ranges
+from pipeline.steps import contrast, layout, plan, publish, ranges, tree
 from pipeline.steps.contrast import Columns, SiteSums
 from pipeline.steps.partial import opened
 from pipeline.types import HookPoint, SiteKey
@@ -63,8 +63,8 @@ def diff(config: SnapshotsConfig) -> Difference:
         config: with `action=diff`.
 
     Raises:
-        ConfigError: if there are no two snapshots.
-        CorruptError: if a partial is damaged or gone.
+        ConfigError: if there are no two snapshots, or partials of what only one of them has are gone.
+        CorruptError: if a partial is damaged.
     """
     old, new = _snapshots(config)
     texts = _texts(*({shard["shard_id"] for shard in one.manifest["shards"]} for one in (old, new)))
@@ -139,11 +139,13 @@ def _sums(blobs: LocalBlobs, measure_id: str, shard_ids: Iterable[str], num_feat
     """Sums over the documents of some shards."""
     keys = [layout.receipt(measure_id, shard_id) for shard_id in sorted(shard_ids)]
     receipts = [Receipt.model_validate_json(blobs.get(key)) for key in keys]
+    units = tree.units(tree.Nodes(blobs, measure_id), receipts)
+    tree.check_there(blobs, units)
     parts: list[dict[str, np.ndarray]] = []
     for task in ranges.tasks([num_features]):
         stats, documents = [], []
-        for receipt in receipts:
-            with opened(blobs, receipt, task) as partial:
+        for unit in units:
+            with opened(blobs, unit, task) as partial:
                 stats.append(partial.stats())
                 documents.append(partial.documents())
         whole = reduce(FeatureStats.merge, stats).arrays()

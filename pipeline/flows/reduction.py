@@ -13,10 +13,10 @@ from pipeline.config import AnalyzeConfig
 from pipeline.flows.catalog import Catalog
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import Receipt, ShardRecord, digest_of
-from pipeline.steps import plan, publish, ranges
+from pipeline.steps import plan, publish, ranges, tree
 from pipeline.steps.cluster import run_tasks
 from pipeline.steps.outcomes import in_order, result_of
-from pipeline.steps.partial import RangeTask
+from pipeline.steps.partial import RangeTask, Unit
 from pipeline.steps.progress import Voice
 from pipeline.types import SiteKey
 
@@ -56,7 +56,9 @@ class Chosen:
 
 
 def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: {}) -> tuple[Catalog, bool]:
-    """Merge the partials of the chosen shards and publish them, unless the newest snapshot says the same.
+    """Merge the chosen shards and publish them, unless the newest snapshot says the same.
+
+    Nodes that stand for chosen shards alone are read in place of their partials; the result is the same to the bit.
 
     Args:
         chosen: at least one shard.
@@ -67,16 +69,24 @@ def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: {}) ->
         The snapshot, and whether it is new.
 
     Raises:
+        ConfigError: if partials were pruned, and no node stands for chosen shards alone.
         CorruptError: if the books of the merged statistics do not balance.
     """
     config, blobs, receipts = chosen.config, LocalBlobs(chosen.config.store.root), chosen.sorted_receipts()
+    units = []
+    for site, mine in zip(chosen.sites, receipts, strict=True):
+        nodes = tree.Nodes(blobs, mine[0].measure_id)
+        units.append(tree.units(nodes, mine))
+        tree.check_there(blobs, units[-1])
+        for node in nodes.damaged:
+            voice.say(f"warning: node {node.node_id} of {site} is damaged: it is not used; compact the catalog again")
     settings = ranges.ReduceSettings(
         root=config.store.root,
         preparation_id=digest_of(chosen.identity["preparation"]),
         model=config.model,
         sampling=config.sampling,
         sites=chosen.sites,
-        receipts=receipts,
+        units=tuple(units),
         weights=chosen.weights,
     )
     todo = ranges.tasks([len(norms) for norms in chosen.decoder_norms.values()])
@@ -92,15 +102,15 @@ def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: {}) ->
                     yield result_of(outcome, f"features {outcome.task.start} to {outcome.task.stop}")
 
             with blobs.writing():
-                draft.write(results(), config.ranking.score, receipts, chosen.weights)
+                draft.write(results(), config.ranking.score, units, chosen.weights)
         volatile = {**chosen.volatile, "made_at": time.time()}
         volatile["seconds"] = {**chosen.volatile["seconds"], "reduce": stage.seconds}
-        number, _, is_new = draft.publish(config.catalog.name, _facts(chosen, blobs) | added, volatile)
+        number, _, is_new = draft.publish(config.catalog.name, _facts(chosen, blobs, units) | added, volatile)
     voice.event("done", {"snapshot": number, "is_new": is_new})
     return Catalog(config.store.root, config.catalog.name, number), is_new
 
 
-def _facts(chosen: Chosen, blobs: LocalBlobs) -> dict[str, Any]:
+def _facts(chosen: Chosen, blobs: LocalBlobs, units: Sequence[Sequence[Unit]]) -> dict[str, Any]:
     """The part of the manifest that belongs to the content."""
     receipts = chosen.sorted_receipts()
     shards = [receipt.shard for receipt in receipts[0]]
@@ -108,8 +118,8 @@ def _facts(chosen: Chosen, blobs: LocalBlobs) -> dict[str, Any]:
     for source in chosen.sources:
         dropped.update(source["records_dropped"])
     fits = {
-        str(site): publish.merged_fit(blobs, mine, chosen.weights)[1]
-        for site, mine in zip(chosen.sites, receipts, strict=True)
+        str(site): publish.merged_fit(blobs, mine, chosen.weights).unexplained()
+        for site, mine in zip(chosen.sites, units, strict=True)
     }
     facts = {
         "identity": chosen.identity,

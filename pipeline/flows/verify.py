@@ -1,4 +1,4 @@
-"""Prove a store: every shard, partial and snapshot against the digests that name them, some by recomputation."""
+"""Prove a store: every shard, node, partial and snapshot against the digests that name them, some by recomputation."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from pipeline.config import AnalyzeConfig, VerifyConfig
 from pipeline.errors import CensusError, ConfigError, CorruptError
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import Receipt
-from pipeline.steps import layout, plan
+from pipeline.steps import layout, plan, tree
 from pipeline.steps.prepare import stored_shard_id
 from pipeline.steps.reader import load_saes
 from pipeline.steps.shard import Analyzer
@@ -42,7 +42,7 @@ def verify(config: VerifyConfig) -> Verdict:
     num_checked, num_recomputed = 0, 0
     wrong: list[str] = []
     mixed: list[str] = []
-    for complaint in (*_shards(blobs), *_receipts(blobs), *_snapshots(blobs)):
+    for complaint in (*_shards(blobs), *_nodes(blobs), *_receipts(blobs), *_snapshots(blobs)):
         num_checked += 1
         wrong += [complaint] if complaint else []
     if config.recompute:
@@ -63,13 +63,34 @@ def _shards(blobs: LocalBlobs) -> Iterator[str]:
         yield "" if sound else f"{key} is damaged: jobs.analyze will prepare it again"
 
 
+def _nodes(blobs: LocalBlobs) -> Iterator[str]:
+    for key in blobs.list("measures"):
+        if "/nodes/" not in key:
+            continue
+        node = tree.read_node(blobs, key)
+        if node is None:
+            yield f"{key} cannot be trusted: remove it and compact again"
+        elif tree.is_sound(blobs, node):
+            yield ""
+        else:
+            yield (
+                f"{node.merged.key} is damaged: jobs.analyze will read the partials of its {len(node.shards)} shards "
+                "and recompute those that were pruned; then compact again"
+            )
+
+
 def _receipts(blobs: LocalBlobs) -> Iterator[str]:
+    covered: dict[str, set[str]] = {}
     for key in blobs.list("measures"):
         if "/receipts/" not in key:
             continue
+        measure_id = key.split("/")[1]
+        if measure_id not in covered:
+            covered[measure_id] = tree.Nodes(blobs, measure_id).shards
         try:
             receipt = Receipt.model_validate_json(blobs.get(key))
-            sound = blobs.digest(receipt.partial.key) == receipt.partial.sha256
+            is_pruned = receipt.shard.shard_id in covered[measure_id] and not blobs.exists(receipt.partial.key)
+            sound = is_pruned or blobs.digest(receipt.partial.key) == receipt.partial.sha256
         except (ValueError, CorruptError) as error:
             yield f"{key} cannot be trusted ({str(error).splitlines()[0]}): jobs.analyze will recompute its shard"
             continue

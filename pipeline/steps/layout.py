@@ -26,9 +26,14 @@ def measure(measure_id: str) -> str:
     return f"measures/{measure_id}/manifest.json"
 
 
+def partials(measure_id: str) -> str:
+    """The folder of partials and nodes."""
+    return f"measures/{measure_id}/partials"
+
+
 def partial(measure_id: str, sha256: str) -> str:
-    """The statistics and samples of one shard under one measure."""
-    return f"measures/{measure_id}/partials/{sha256}.zarr.zip"
+    """The statistics and samples of one shard under one measure, or of a node, the merge of several."""
+    return f"{partials(measure_id)}/{sha256}.zarr.zip"
 
 
 def receipts(measure_id: str) -> str:
@@ -39,6 +44,16 @@ def receipts(measure_id: str) -> str:
 def receipt(measure_id: str, shard_id: str) -> str:
     """The commit record of a shard."""
     return f"{receipts(measure_id)}/{shard_id}.json"
+
+
+def nodes(measure_id: str) -> str:
+    """The folder of commit records of nodes."""
+    return f"measures/{measure_id}/nodes"
+
+
+def node(measure_id: str, node_id: str) -> str:
+    """The commit record of a node."""
+    return f"{nodes(measure_id)}/{node_id}.json"
 
 
 def failure(measure_id: str, shard_id: str) -> str:

@@ -16,7 +16,7 @@ from pipeline.io.blobs import LocalBlobs
 from pipeline.io.store import FEATURE_CHUNK
 from pipeline.records import Receipt
 from pipeline.steps import layout
-from pipeline.steps.partial import RangeTask, opened
+from pipeline.steps.partial import RangeTask, Unit, opened
 from pipeline.steps.shard import read_documents
 
 
@@ -98,7 +98,7 @@ def products(
             sides = []
             task = RangeTask(site=0, start=start, stop=min(start + FEATURE_CHUNK, num_features))
             for side, receipt in zip((a, b), receipts, strict=True):
-                with opened(side.blobs, receipt, task) as partial:
+                with opened(side.blobs, Unit.of_receipt(receipt), task) as partial:
                     pieces = Pieces.of(partial.codes(), document)
                     sides.append(_Side(pieces=pieces, tokens=partial.document_tokens()))
             one, other = sides

@@ -1,6 +1,7 @@
-"""Read back what one partial says about a range of features of one SAE.
+"""Read back what one partial, or one node, says about a range of features of one SAE.
 
-Samples lie in a partial without their keys: those are functions of the address and are made again here.
+A node is the merge of the partials of several shards, and lies as they do; its samples also say of which shard they
+are. Samples lie without their keys: those are functions of the address and are made again here.
 """
 
 from collections.abc import Iterator
@@ -12,11 +13,12 @@ from jaxtyping import Float32, Int32, Int64
 
 from pipeline.compute.codes import Codes
 from pipeline.compute.documents import DocumentStats
+from pipeline.compute.fits import FitSums
 from pipeline.compute.samples import Entries, Samples, firing_keys, silent_keys
 from pipeline.compute.stats import FeatureStats
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.store import Pack
-from pipeline.records import Receipt
+from pipeline.records import Node, Receipt, Stored
 from pipeline.steps.shard import shard_key
 
 
@@ -36,10 +38,12 @@ class RangeTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """Codes of the contexts of kept samples of a range: pairs by feature and row, codes by pair."""
+    """Codes of the contexts of kept samples of a range: pairs by feature, shard and row, codes by pair."""
 
     pair_feature: Int64[np.ndarray, " P"]
     """From 0 at the start of the range."""
+    pair_shard: Int32[np.ndarray, " P"]
+    """A place in `Unit.shards`."""
     pair_row: Int32[np.ndarray, " P"]
     code_start: Int64[np.ndarray, " Q"]
     """Where the codes of each pair start; P + 1, the first is 0."""
@@ -47,12 +51,49 @@ class Evidence:
     value: Float32[np.ndarray, " M"]
 
 
-class PartialRange:
-    """One partial, opened for one range."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """What is read as one in a merge: the partial of a shard, or a node, the merge of the partials of several."""
 
-    def __init__(self, pack: Pack, receipt: Receipt, task: RangeTask):
+    slice: str
+    shards: tuple[str, ...]
+    """Ids, ascending."""
+    stored: Stored
+    tokens: dict[str, int]
+    contexts: int
+    documents: dict[str, int]
+
+    @classmethod
+    def of_receipt(cls, receipt: Receipt) -> "Unit":
+        """A partial."""
+        return cls(
+            slice=receipt.shard.slice,
+            shards=(receipt.shard.shard_id,),
+            stored=receipt.partial,
+            tokens=receipt.tokens,
+            contexts=receipt.contexts,
+            documents=receipt.documents,
+        )
+
+    @classmethod
+    def of_node(cls, node: Node) -> "Unit":
+        """A node."""
+        return cls(
+            slice=node.slice,
+            shards=node.shards,
+            stored=node.merged,
+            tokens=node.tokens,
+            contexts=node.contexts,
+            documents=node.documents,
+        )
+
+
+class PartialRange:
+    """One partial or node, opened for one range. Its shards are numbered by their places in `Unit.shards`."""
+
+    def __init__(self, pack: Pack, unit: Unit, task: RangeTask):
         self._pack, self._task = pack, task
-        self._salt = shard_key(receipt.shard.shard_id)
+        self._salts = np.array([shard_key(shard_id) for shard_id in unit.shards], np.uint64)
 
     def _read(self, name: str, start: int | None = None, stop: int | None = None) -> np.ndarray:
         return self._pack.read(name, start, stop)
@@ -83,26 +124,37 @@ class PartialRange:
         """Counted tokens of every document of the shard; for partials that keep codes."""
         return self._read("document_tokens")
 
-    def put_samples(self, samples: Samples, ordinal: int, seed: int) -> None:
+    def fits(self) -> FitSums:
+        """What all features share, whatever the range."""
+        return FitSums(**{name: self._read(name) for name in FitSums.__dataclass_fields__})
+
+    def _shards(self, name: str, start: int, stop: int) -> Int32[np.ndarray, "..."]:
+        """The shards of a range of samples; those of a partial are all of its one."""
+        if self._pack.has(f"{name}_shard"):
+            return self._read(f"{name}_shard", start, stop)
+        return np.zeros_like(self._read(f"{name}_row", start, stop))
+
+    def put_samples(self, samples: Samples, ordinals: Int32[np.ndarray, " S"], seed: int) -> None:
         """Add the samples of the range to `samples`.
 
         Args:
             samples: of the range; changed in place.
-            ordinal: of the shard, among the shards of the catalog.
+            ordinals: of the unit's shards, among all shards of the merge.
             seed: of the measure.
         """
         for name in ("top", "random", "bands"):
             row, position, value = (self._of_range(f"{name}_{column}") for column in ("row", "position", "value"))
             feature, slot = np.nonzero(row >= 0)
             place = (feature, slot)
+            shard = self._shards(name, self._task.start, self._task.stop)[place]
             if name == "top":
                 key = -value[place].view(np.int32).astype(np.int64)
             else:
-                key = firing_keys(seed, self._salt, feature + self._task.start, row[place], position[place])
+                key = firing_keys(seed, self._salts[shard], feature + self._task.start, row[place], position[place])
             entries = Entries(
                 group=feature,
                 key=key,
-                shard=np.full(len(feature), ordinal, np.int32),
+                shard=ordinals[shard],
                 row=row[place],
                 position=position[place],
                 value=value[place],
@@ -112,29 +164,31 @@ class PartialRange:
             else:
                 getattr(samples, name).put(entries)
         rows = self._read("silent_row")
+        shard = self._shards("silent", 0, len(rows))
         nowhere = np.zeros(len(rows), np.int32)
         samples.silent.put(
             Entries(
                 group=nowhere.astype(np.int64),
-                key=silent_keys(seed, self._salt, rows),
-                shard=np.full(len(rows), ordinal, np.int32),
+                key=silent_keys(seed, self._salts[shard], rows),
+                shard=ordinals[shard],
                 row=rows,
                 position=nowhere,
                 value=nowhere.astype(np.float32),
             )
         )
 
-    def firing_in(self, row: int) -> Int64[np.ndarray, " U"]:
-        """The features of the range (from 0) that fire in a context kept for silence."""
-        place = int(np.flatnonzero(self._read("silent_row") == row)[0])
-        start, stop = self._read("silent_start", place, place + 2)
-        feature = self._read("silent_feature", int(start), int(stop)).astype(np.int64) - self._task.start
-        return feature[(feature >= 0) & (feature < self._task.num_features)]
-
-    def silent_keys_of(self, features: Int64[np.ndarray, " N"], row: int, seed: int) -> Int64[np.ndarray, " N"]:
-        """For each feature of the range, a key of its own for a context in which it is silent."""
-        rows = np.full(len(features), row, np.int32)
-        return firing_keys(seed, self._salt, features + self._task.start, rows, np.zeros(len(features), np.int32))
+    def firing_in(
+        self, shards: Int32[np.ndarray, " N"], rows: Int32[np.ndarray, " N"]
+    ) -> list[Int64[np.ndarray, " U"]]:
+        """Of contexts kept for silence, the features of the range (from 0) that fire in each."""
+        kept = self._read("silent_row")
+        places = {key: i for i, key in enumerate(zip(self._shards("silent", 0, len(kept)), kept, strict=True))}
+        start, every = self._read("silent_start"), self._read("silent_feature").astype(np.int64) - self._task.start
+        found = []
+        for key in zip(shards, rows, strict=True):
+            feature = every[start[places[key]] : start[places[key] + 1]]
+            found.append(feature[(feature >= 0) & (feature < self._task.num_features)])
+        return found
 
     def evidence(self) -> Evidence:
         """The codes that were kept with the samples of the range."""
@@ -144,6 +198,7 @@ class PartialRange:
         low, high = int(code_start[0]), int(code_start[-1])
         return Evidence(
             pair_feature=np.repeat(np.arange(self._task.num_features), np.diff(pair_start)),
+            pair_shard=self._shards("pair", first, last),
             pair_row=self._read("pair_row", first, last),
             code_start=code_start - low,
             position=self._read("code_position", low, high),
@@ -152,7 +207,7 @@ class PartialRange:
 
 
 @contextmanager
-def opened(blobs: LocalBlobs, receipt: Receipt, task: RangeTask) -> Iterator[PartialRange]:
-    """The partial that a receipt names, for one range."""
-    with Pack(blobs.path(receipt.partial.key)) as pack:
-        yield PartialRange(pack, receipt, task)
+def opened(blobs: LocalBlobs, unit: Unit, task: RangeTask) -> Iterator[PartialRange]:
+    """A partial or node, for one range."""
+    with Pack(blobs.path(unit.stored.key)) as pack:
+        yield PartialRange(pack, unit, task)

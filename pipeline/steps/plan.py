@@ -19,7 +19,7 @@ from pipeline.errors import CorruptError, IdentityError
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.records import Receipt, ShardRecord, canonical, digest_of
-from pipeline.steps import layout
+from pipeline.steps import layout, tree
 from pipeline.steps.shard import ShardTask, sample_sizes
 from pipeline.types import SiteKey
 
@@ -126,18 +126,37 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
 
 
-def find_receipt(blobs: LocalBlobs, measure_id: str, shard: ShardRecord) -> Receipt | None:
-    """The receipt of a shard if its partial is sound, else None: then the shard is to be analysed (again)."""
-    key = layout.receipt(measure_id, shard.shard_id)
-    if not blobs.exists(key):
-        return None
+def read_receipt(blobs: LocalBlobs, measure_id: str, shard: ShardRecord) -> Receipt | None:
+    """The receipt of a shard, if there is one that can be read; its partial may be damaged or gone."""
+    return _receipt_at(blobs, layout.receipt(measure_id, shard.shard_id))
+
+
+def all_receipts(blobs: LocalBlobs, measure_id: str) -> list[Receipt]:
+    """Every receipt of a measure that can be read, by shard."""
+    found = (_receipt_at(blobs, key) for key in blobs.list(layout.receipts(measure_id)))
+    return [receipt for receipt in found if receipt is not None]
+
+
+def _receipt_at(blobs: LocalBlobs, key: str) -> Receipt | None:
     try:
         receipt = Receipt.model_validate_json(blobs.get(key))
-        sound = receipt.shard.shard_id == shard.shard_id and receipt.measure_id == measure_id
-        sound = sound and blobs.digest(receipt.partial.key) == receipt.partial.sha256
     except (ValueError, CorruptError):
-        sound = False
-    return receipt if sound else None
+        return None
+    return receipt if key == layout.receipt(receipt.measure_id, receipt.shard.shard_id) else None
+
+
+def has_partial(blobs: LocalBlobs, receipt: Receipt) -> bool:
+    """Whether the partial that a receipt names is sound."""
+    try:
+        return blobs.digest(receipt.partial.key) == receipt.partial.sha256
+    except CorruptError:
+        return False
+
+
+def find_receipt(blobs: LocalBlobs, measure_id: str, shard: ShardRecord) -> Receipt | None:
+    """The receipt of a shard if its partial is sound, else None; for whoever needs the partial itself."""
+    receipt = read_receipt(blobs, measure_id, shard)
+    return receipt if receipt is not None and has_partial(blobs, receipt) else None
 
 
 Receipts = dict[SiteKey, dict[str, Receipt]]
@@ -149,22 +168,37 @@ def look(
 ) -> tuple[Receipts, list[ShardTask]]:
     """What is done, and what is left, in the order of shards.
 
+    A shard is done if its partial is sound, or a node is whose shards are all among these.
+
     Args:
         blobs: the store.
         measure_ids: by SAE.
         shards: of the corpus.
     """
-    receipts: Receipts = {site: {} for site in measure_ids}
+    receipts = {site: _done(blobs, measure_id, shards) for site, measure_id in measure_ids.items()}
     left = []
     for shard in shards:
-        found = {site: find_receipt(blobs, measure_id, shard) for site, measure_id in measure_ids.items()}
-        for site, receipt in found.items():
-            if receipt is not None:
-                receipts[site][shard.shard_id] = receipt
-        missing = tuple(site for site, receipt in found.items() if receipt is None)
+        missing = tuple(site for site, found in receipts.items() if shard.shard_id not in found)
         if missing:
             left.append(ShardTask(shard=shard, sites=missing))
     return receipts, left
+
+
+def _done(blobs: LocalBlobs, measure_id: str, shards: Sequence[ShardRecord]) -> dict[str, Receipt]:
+    read = {shard.shard_id: read_receipt(blobs, measure_id, shard) for shard in shards}
+    found = {shard_id: receipt for shard_id, receipt in read.items() if receipt is not None}
+    nodes = tree.Nodes(blobs, measure_id).cover([receipt.shard for receipt in found.values()])
+    covered = {shard_id for node in nodes for shard_id in node.shards}
+    return {key: found[key] for key in found if key in covered or has_partial(blobs, found[key])}
+
+
+def lost(blobs: LocalBlobs, receipts: Receipts) -> bool:
+    """Whether a shard has a receipt only: its partial was pruned, and no node stands for shards of these alone."""
+    return any(
+        not blobs.exists(unit.stored.key)
+        for found in receipts.values()
+        for unit in tree.units(tree.Nodes(blobs, next(iter(found.values())).measure_id), list(found.values()))
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,14 +16,17 @@ from typing import Any
 import numpy as np
 
 from pipeline.compute import fixed, labels, scores, stats
+from pipeline.compute.fits import FitSums
 from pipeline.compute.weights import copies
 from pipeline.errors import CorruptError
 from pipeline.io import schemas, store, tables
 from pipeline.io.blobs import LocalBlobs
-from pipeline.records import Receipt, canonical
+from pipeline.records import canonical
 from pipeline.steps import layout
 from pipeline.steps.logits import says
+from pipeline.steps.partial import Unit
 from pipeline.steps.ranges import RangeResult
+from pipeline.steps.units import Units
 from pipeline.types import SiteKey
 
 _DIMENSIONS = {
@@ -90,7 +93,7 @@ class Draft:
         self,
         results: Iterator[RangeResult],
         score: scores.Score,
-        receipts: Sequence[Sequence[Receipt]],
+        units: Sequence[Sequence[Unit]],
         weights: Mapping[str, int],
     ) -> None:
         """Write every file of the snapshot.
@@ -98,7 +101,7 @@ class Draft:
         Args:
             results: of all ranges, in the order of sites and features.
             score: ranks the features.
-            receipts: of the shards in the snapshot, by site.
+            units: that stand for the shards in the snapshot, by site.
             weights: of slices, as in `ReduceSettings`.
         """
         slices: list[tables.Table] = []
@@ -112,7 +115,7 @@ class Draft:
         tables.write(self._folder / "spans.parquet", schemas.SPANS, spans())
         tables.write(self._folder / "slices.parquet", schemas.SLICES, slices)
         tables.write(self._folder / "features.parquet", schemas.FEATURES, self._features(score))
-        self._write_arrays(receipts, weights)
+        self._write_arrays(units, weights)
 
     def _features(self, score: scores.Score) -> Iterator[tables.Table]:
         for index, site in enumerate(self._sites):
@@ -142,13 +145,13 @@ class Draft:
         mine = [part(result) for result in self._results if result.task.site == site]
         return {name: np.concatenate([arrays[name] for arrays in mine]) for name in mine[0]}
 
-    def _write_arrays(self, receipts: Sequence[Sequence[Receipt]], weights: Mapping[str, int]) -> None:
+    def _write_arrays(self, units: Sequence[Sequence[Unit]], weights: Mapping[str, int]) -> None:
         groups = {}
         for index, site in enumerate(self._sites):
             arrays = self._joined(index, lambda result: result.arrays)
-            arrays |= _slice_books(receipts[index])
+            arrays |= _slice_books(units[index])
             arrays["histogram_edges"] = stats.bin_edges()
-            arrays["l0_histogram"] = merged_fit(self._blobs, receipts[index], weights)[0]
+            arrays["l0_histogram"] = merged_fit(self._blobs, units[index], weights).l0_histogram
             groups[f"{site.hook_point}/{site.sae}"] = arrays
         scales = {"sum_scale_bits": fixed.SUM_SCALE, "square_scale_bits": fixed.SQUARE_SCALE, "low_limb_bits": 62}
         store.write_tree(self._folder / "statistics.zarr", groups, scales, _DIMENSIONS)
@@ -211,13 +214,13 @@ def facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in manifest.items() if name not in others}
 
 
-def _slice_books(receipts: Sequence[Receipt]) -> dict[str, np.ndarray]:
+def _slice_books(units: Sequence[Unit]) -> dict[str, np.ndarray]:
     """Documents, counted tokens, and the sum over documents of their squares, of every slice in the order of names."""
-    names = sorted({receipt.shard.slice for receipt in receipts})
+    names = sorted({unit.slice for unit in units})
     books = np.zeros((3, len(names)), np.int64)
-    for receipt in receipts:
-        found = receipt.documents["counted"], receipt.tokens["counted"], receipt.documents["tokens_square"]
-        books[:, names.index(receipt.shard.slice)] += found
+    for unit in units:
+        found = unit.documents["counted"], unit.tokens["counted"], unit.documents["tokens_square"]
+        books[:, names.index(unit.slice)] += found
     return {f"slice_{name}": row for name, row in zip(("documents", "tokens", "tokens_square"), books, strict=True)}
 
 
@@ -227,22 +230,15 @@ def snapshots(blobs: LocalBlobs, name: str) -> list[int]:
     return sorted(int(p.parent.name) for p in folder.glob("[0-9]*/manifest.json"))
 
 
-def merged_fit(blobs: LocalBlobs, receipts: Sequence[Receipt], weights: Mapping[str, int]) -> tuple[np.ndarray, float]:
-    """The histogram of codes a token over all shards, and the fraction of variance unexplained of the fit sample."""
-    names = ("l0_histogram", "fit_tokens", "fit_error", "fit_square", "fit_vector")
-    totals: dict[str, np.ndarray] = {}
-    for receipt in receipts:
-        with store.Pack(blobs.path(receipt.partial.key)) as pack:
-            for name in names:
-                joined = fixed.add if name.startswith("fit_") and name != "fit_tokens" else np.add
-                part = copies(pack.read(name), weights.get(receipt.shard.slice, 1), joined)
-                totals[name] = joined(totals[name], part) if name in totals else part
-    error, square, vector = (fixed.to_float(totals[f"fit_{n}"], fixed.SUM_SCALE) for n in ("error", "square", "vector"))
-    num_tokens = max(int(totals["fit_tokens"][0]), 1)
-    variance = square[0] - float(np.square(vector).sum()) / num_tokens
-    # Of tokens that hardly differ, what is left of the difference is rounding.
-    varies = variance > 1e-9 * square[0]
-    return totals["l0_histogram"], float(error[0] / variance) if varies else float("nan")
+def merged_fit(blobs: LocalBlobs, units: Sequence[Unit], weights: Mapping[str, int]) -> FitSums:
+    """What all features share over all shards, so many copies of each slice."""
+    total = None
+    for name in sorted({unit.slice for unit in units}):
+        part = Units(blobs, [unit for unit in units if unit.slice == name]).fits()
+        part = copies(part, weights.get(name, 1), FitSums.merge)
+        total = total.merge(part) if total else part
+    assert total is not None
+    return total
 
 
 def folder_of(blobs: LocalBlobs, name: str, number: int) -> Path:

@@ -1,8 +1,9 @@
-"""Reduce a range of features: read that slice of every partial, merge in shard order, check the books.
+"""Reduce a range of features: read that slice of every partial or node, merge, check the books.
 
 The unit of the reduce. Its memory depends on the range and the samples kept, not on the number of shards.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from jaxtyping import Int64
 
 from pipeline.compute.documents import DocumentStats
 from pipeline.compute.labels import Tally
-from pipeline.compute.samples import Entries, Kept, Samples, exponent_of, joined
+from pipeline.compute.samples import Entries, Kept, Samples, exponent_of, firing_keys, joined
 from pipeline.compute.stats import FeatureStats
 from pipeline.compute.weights import copies
 from pipeline.config import ModelConfig, SamplingConfig
@@ -20,12 +21,12 @@ from pipeline.io import tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.model import Tokenizer
 from pipeline.io.store import FEATURE_CHUNK
-from pipeline.records import Receipt
 from pipeline.steps import labels, layout
 from pipeline.steps.columns import feature_columns, slice_arrays, slice_rows
-from pipeline.steps.partial import RangeTask, opened
-from pipeline.steps.shard import LOW_OCTAVES, sample_sizes
-from pipeline.steps.spans import Ragged, SpanAddresses, attach, take_ranges
+from pipeline.steps.partial import RangeTask, Unit
+from pipeline.steps.shard import LOW_OCTAVES, sample_sizes, shard_key
+from pipeline.steps.spans import SpanAddresses, attach
+from pipeline.steps.units import Units
 from pipeline.types import SiteKey
 
 
@@ -55,8 +56,8 @@ class ReduceSettings:
     model: ModelConfig
     sampling: SamplingConfig
     sites: tuple[SiteKey, ...]
-    receipts: tuple[tuple[Receipt, ...], ...]
-    """By site, the same shards sorted by id: their order is the meaning of shard ordinals."""
+    units: tuple[tuple[Unit, ...], ...]
+    """By site; of the same shards, whose order by id is the meaning of shard ordinals."""
     weights: Mapping[str, int]
     """Copies of each slice that the statistics of the whole count; empty if one of each."""
 
@@ -83,7 +84,8 @@ class Reducer:
         self._blobs = LocalBlobs(settings.root)
         model = settings.model
         self._tokenizer = Tokenizer(model.id, model.revision, trust_remote_code=model.trust_remote_code)
-        self._shard_ids = [receipt.shard.shard_id for receipt in settings.receipts[0]]
+        self._units = [Units(self._blobs, units) for units in settings.units]
+        self._shard_ids = self._units[0].shard_ids
         self._lengths: dict[int, Int64[np.ndarray, " C"]] = {}
 
     def run(self, task: RangeTask) -> RangeResult:
@@ -92,26 +94,19 @@ class Reducer:
         Raises:
             CorruptError: if the books of the merged statistics do not balance.
         """
-        site = self._settings.sites[task.site]
-        receipts = self._settings.receipts[task.site]
-        by_slice: dict[str, FeatureStats] = {}
-        documents: dict[str, DocumentStats] = {}
-        counted: dict[str, int] = {}
-        samples = Samples.zero(task.num_features, sample_sizes(self._settings.sampling))
-        for ordinal, receipt in enumerate(receipts):
-            with opened(self._blobs, receipt, task) as partial:
-                part, clusters = partial.stats(), partial.documents()
-                partial.put_samples(samples, ordinal, self._settings.sampling.seed)
-            name = receipt.shard.slice
-            by_slice[name] = by_slice[name].merge(part) if name in by_slice else part
-            documents[name] = documents[name].merge(clusters) if name in documents else clusters
-            counted[name] = counted.get(name, 0) + receipt.tokens["counted"]
+        site, units = self._settings.sites[task.site], self._settings.units[task.site]
+        sampling = self._settings.sampling
+        merged = self._units[task.site].merged(task, sample_sizes(sampling), sampling.seed)
+        by_slice, documents, samples = merged.by_slice, merged.documents, merged.samples
+        counted: Counter[str] = Counter()
+        for unit in units:
+            counted[unit.slice] += unit.tokens["counted"]
         weights = {name: self._settings.weights.get(name, 1) for name in by_slice}
         whole = FeatureStats.zero(task.num_features)
         for name in sorted(by_slice):
             whole = whole.merge(copies(by_slice[name], weights[name], FeatureStats.merge))
         num_tokens = sum(counted[name] * weights[name] for name in counted)
-        num_contexts = sum(receipt.contexts * weights[receipt.shard.slice] for receipt in receipts)
+        num_contexts = sum(unit.contexts * weights[unit.slice] for unit in units)
         self._check(task, whole, samples, num_tokens)
         self._check_documents(task, by_slice, documents)
         spans, collapsed, words = self._spans(task, site, samples)
@@ -147,7 +142,8 @@ class Reducer:
         """Span rows of the range, how many near duplicates each group of each feature lost, and words of the rest."""
         names = group_names(self._settings.sampling)
         addresses = self._addresses(task, samples)
-        codes, positions = self._codes(task, addresses)
+        fired = np.where(addresses.value > 0, addresses.shard, np.int32(-1))
+        codes, positions = self._units[task.site].codes(task, addresses.feature, fired, addresses.row)
         table, dropped = attach(
             replace(addresses, feature=addresses.feature + task.start),
             codes,
@@ -205,17 +201,19 @@ class Reducer:
         """
         found = [Kept.zero(0, 0).entries()]
         kept = samples.silent.entries()
-        for ordinal, row in zip(kept.shard, kept.row, strict=True):
-            with opened(self._blobs, self._settings.receipts[task.site][ordinal], task) as partial:
-                feature = np.setdiff1d(np.arange(task.num_features), partial.firing_in(int(row)))
-                key = partial.silent_keys_of(feature, int(row), self._settings.sampling.seed)
+        firing = self._units[task.site].firing_in(task, kept.shard, kept.row)
+        for ordinal, row, fired in zip(kept.shard, kept.row, firing, strict=True):
+            feature = np.setdiff1d(np.arange(task.num_features), fired)
+            rows, nowhere = np.full(len(feature), row, np.int32), np.zeros(len(feature), np.int32)
+            salt = shard_key(self._shard_ids[ordinal])
+            key = firing_keys(self._settings.sampling.seed, salt, feature + task.start, rows, nowhere)
             length = self._context_lengths(int(ordinal))[row]
             found.append(
                 Entries(
                     group=feature,
                     key=key,
                     shard=np.full(len(feature), ordinal, np.int32),
-                    row=np.full(len(feature), row, np.int32),
+                    row=rows,
                     position=(key % length).astype(np.int32),
                     value=np.zeros(len(feature), np.float32),
                 )
@@ -228,29 +226,6 @@ class Reducer:
             start, _ = tables.ragged(tables.read(path, ["input_ids"]), "input_ids")
             self._lengths[ordinal] = np.diff(start)
         return self._lengths[ordinal]
-
-    def _codes(self, task: RangeTask, addresses: SpanAddresses) -> tuple[Ragged, np.ndarray]:
-        """The codes of each address's context, from the partial that kept them; none for silent contexts."""
-        num = len(addresses.row)
-        begin, end = np.zeros(num, np.int64), np.zeros(num, np.int64)
-        values, positions, offset = [np.zeros(0, np.float32)], [np.zeros(0, np.int32)], 0
-        fired = addresses.value > 0
-        for ordinal in np.unique(addresses.shard[fired]):
-            mine = np.flatnonzero(fired & (addresses.shard == ordinal))
-            with opened(self._blobs, self._settings.receipts[task.site][ordinal], task) as partial:
-                kept = partial.evidence()
-            values.append(kept.value)
-            positions.append(kept.position)
-            keys = (kept.pair_feature << 32) | kept.pair_row
-            wanted = (addresses.feature[mine] << 32) | addresses.row[mine]
-            place = np.searchsorted(keys, wanted)
-            if not np.array_equal(keys[np.minimum(place, len(keys) - 1)], wanted):
-                raise CorruptError(f"the partial of shard {self._shard_ids[ordinal]} lacks codes of a kept sample")
-            begin[mine] = kept.code_start[place] + offset
-            end[mine] = kept.code_start[place + 1] + offset
-            offset += len(kept.value)
-        flat, start = take_ranges(begin, end)
-        return Ragged(start=start, values=np.concatenate(values)[flat]), np.concatenate(positions)[flat]
 
 
 def _of_feature(entries: Entries, slots: int) -> Entries:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from pipeline.errors import ConfigError
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.store import Pack
 from pipeline.records import Receipt, ShardRecord
@@ -25,22 +24,16 @@ class ShardCodes:
 
 
 class StoredCodes:
-    """The kept codes of one SAE over the shards of a snapshot."""
+    """The codes of one SAE over the shards of a snapshot, made with `codes: keep`."""
 
     def __init__(self, blobs: LocalBlobs, measure_id: str, shards: Sequence[ShardRecord]):
         self._blobs, self._measure_id, self._shards = blobs, measure_id, shards
 
     def of(self, features: Sequence[int] | None = None) -> Iterator[ShardCodes]:
-        """The codes of some features, shard by shard; of all, if none are named.
-
-        Raises:
-            ConfigError: if codes were not kept.
-        """
+        """The codes of some features, shard by shard; of all, if none are named."""
         for shard in self._shards:
             receipt = Receipt.model_validate_json(self._blobs.get(layout.receipt(self._measure_id, shard.shard_id)))
             with Pack(self._blobs.path(receipt.partial.key)) as pack:
-                if not pack.has("codes_start"):
-                    raise ConfigError("this catalog's codes were not kept; analyze with codes=keep to ask for them")
                 start = pack.read("codes_start")
                 wanted = range(len(start) - 1) if features is None else features
                 runs = [(int(start[f]), int(start[f + 1])) for f in wanted]
