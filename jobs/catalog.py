@@ -1,4 +1,4 @@
-"""`python -m jobs.catalog`: list the snapshots of a store, build new ones of chosen slices, and show what changed."""
+"""`python -m jobs.catalog`: list snapshots, build new ones of chosen slices, show what changed, compact partials."""
 
 from datetime import UTC, datetime
 
@@ -10,6 +10,7 @@ from jobs._show import console, highlighted, printable
 from pipeline.config import SnapshotsConfig
 from pipeline.errors import ConfigError
 from pipeline.flows.catalog import Catalog
+from pipeline.flows.compact import compact
 from pipeline.flows.diff import CHANGES, Difference, diff
 from pipeline.flows.snapshots import build, snapshots
 from pipeline.steps.contrast import Columns, test_behind
@@ -31,9 +32,19 @@ def job(config: SnapshotsConfig) -> int:
                 weight = catalog.manifest.get("weights", {}).get(name, 1)
                 times = f", counted {weight} times" if weight > 1 else ""
                 print(f"slice     {printable(name)}: {facts['tokens']:,} tokens in {facts['shards']} shards{times}")
+        case "compact":
+            _compact(config)
         case "diff":
             _show(diff(config), config)
     return _main.DONE
+
+
+def _compact(config: SnapshotsConfig) -> None:
+    found = compact(config.store.root, config.catalog.name, config.snapshot, prune=config.prune, cluster=config.cluster)
+    print(f"nodes     {found.num_made} made, {found.num_kept} there already, {found.num_skipped} not needed")
+    if config.prune:
+        print(f"pruned    {found.num_pruned} files")
+    print(f"bytes     {found.bytes_before:,} before, {found.bytes_after:,} after")
 
 
 def _list(config: SnapshotsConfig) -> None:

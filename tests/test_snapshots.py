@@ -310,6 +310,8 @@ def test_the_command_lists_builds_and_shows_what_changed(
     out = capsys.readouterr().out
     assert Catalog(root, "typed").digest in out
     assert "counted 2 times" in out
+    command(monkeypatch, "action=compact", store, "catalog.name=whole", "snapshot=2")
+    assert "made, 0 there already, 0 not needed" in capsys.readouterr().out
     command(monkeypatch, "action=diff", store, "catalog.name=whole", "snapshot=2", f"out={tmp_path}", "min_documents=2")
     out = capsys.readouterr().out
     assert "new text (" in out

@@ -10,6 +10,7 @@ from pipeline.config.sections import CatalogConfig, ClusterConfig, StoreConfig
 
 _KEYS_OF = {
     "build": {"also", "slices", "drop", "since", "until", "weights", "into"},
+    "compact": {"prune"},
     "diff": {"against", "out", *TestedSection.model_fields},
 }
 
@@ -17,11 +18,12 @@ _KEYS_OF = {
 class SnapshotsConfig(TestedSection):
     """`jobs.catalog`: snapshots of a store, without analysing anything."""
 
-    action: Literal["list", "build", "diff"] = "list"
-    """list: what the store has; build: a snapshot of chosen shards; diff: what changed between two snapshots."""
+    action: Literal["list", "build", "diff", "compact"] = "list"
+    """list: what the store has; build: a snapshot of chosen shards; diff: what changed between two snapshots;
+    compact: partials merged into a tree, so that a reduce reads little."""
     store: StoreConfig = StoreConfig()
     catalog: CatalogConfig = CatalogConfig()
-    """build and diff: the catalog to begin with."""
+    """The catalog to begin with."""
     snapshot: PositiveInt | None = None
     """null: its newest."""
     also: tuple[str, ...] = ()
@@ -42,6 +44,8 @@ class SnapshotsConfig(TestedSection):
     """diff: the earlier snapshot; null: the one before."""
     out: str = "diff"
     """diff: a directory for diff.parquet and diff.json."""
+    prune: bool = False
+    """compact: then delete what the roots of the tree stand for. Nothing else may use the store meanwhile."""
     cluster: ClusterConfig = ClusterConfig()
 
     @field_validator("weights", mode="before")
