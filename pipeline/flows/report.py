@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.config import ReportConfig
 from pipeline.flows.catalog import Catalog
-from pipeline.flows.report_data import CHUNK, SiteData, overview
+from pipeline.flows.report_data import CHUNK, SiteData, by_layer, overview
 from pipeline.io import report
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import canonical
@@ -65,7 +65,7 @@ def write_report(config: ReportConfig, say: Callable[[str], None] | None = None)
         sizes.append(len(body))
 
     with voice.stage("report", sum(-(-size // CHUNK) for size in sizes_of_saes), "features") as stage:
-        for number, name in enumerate(catalog.saes):
+        for number, name in enumerate(by_layer(catalog)):
             site = SiteData(catalog, name)  # one SAE in memory at a time
             write(f"{data}/{number}/table.js", report.data_file(f"{number}/table", site.table()))
             for chunk, content in site.chunks(config.features):

@@ -13,6 +13,7 @@ from pipeline.compute.stats import BINS_PER_OCTAVE
 from pipeline.flows.catalog import Catalog
 from pipeline.io import tables
 from pipeline.steps.logits import LOGITS
+from pipeline.types import HookPoint
 
 CHUNK = 32
 """Features of one data file."""
@@ -24,6 +25,11 @@ _SPARK_HEIGHT = 9
 _NOT_SHOWN = ("hook_point", "sae", "layer", "stream")
 
 Plain = dict[str, Any]
+
+
+def by_layer(catalog: Catalog) -> list[str]:
+    """`hook_point/sae` of every SAE, in the order of the report."""
+    return sorted(catalog.saes, key=lambda site: (HookPoint.parse(site.rsplit("/", 1)[0]).layer, site))
 
 
 def overview(catalog: Catalog, num_with_spans: int | None) -> Plain:
@@ -51,7 +57,7 @@ def overview(catalog: Catalog, num_with_spans: int | None) -> Plain:
         "tokens_truncated": coverage["tokens_truncated"],
         "chunk": CHUNK,
         "features_with_spans": num_with_spans,
-        "sites": [SiteData(catalog, site).facts() for site in catalog.saes],
+        "sites": [SiteData(catalog, site).facts() for site in by_layer(catalog)],
     }
 
 
@@ -180,37 +186,56 @@ class SiteData:
         }
 
     def _spans(self, spans: tables.Table, features: list[Plain], start: int) -> Plain:
-        """Add spans to features; the token texts, documents and shards that they point into."""
-        begin, texts = tables.ragged(spans, "tokens")
-        _, ids = tables.ragged(spans, "token_ids")
-        _, values = tables.ragged(spans, "values")
-        tokens, token_of = _interned(zip(ids.tolist(), texts, strict=True))
-        documents, document_of = _interned(spans["document_id"].to_pylist())
-        shards, shard_of = _interned(spans["shard_id"].to_pylist())
+        """Add firings and the groups that show them to features; the tokens, documents, shards they point into."""
         groups = self._catalog.manifest["span_groups"]
-        for row, facts in enumerate(
-            spans.select(
-                ["feature_id", "group", "slice", "context_id", "position", "start", "stop", "value"]
-            ).to_pylist()
-        ):
-            first, last = int(begin[row]), int(begin[row + 1])
-            codes = values[first:last]
+        kept = np.zeros(spans.num_rows, bool)
+        seen: dict[tuple[Any, ...], int] = {}
+        for feature in features:
+            feature |= {"firings": [], "groups": [[] for _ in groups]}
+        num_firings = [0] * len(features)
+        columns = ("feature_id", "shard_id", "context_id", "position", "group")
+        for row, (*firing, group) in enumerate(zip(*(spans[name].to_pylist() for name in columns), strict=True)):
+            feature = firing[0] - start
+            known = seen.setdefault(tuple(firing), num_firings[feature])
+            if known == num_firings[feature]:  # a firing may stand in several groups
+                kept[row] = True
+                num_firings[feature] += 1
+            features[feature]["groups"][groups.index(group)].append(known)
+        rows = spans.filter(kept)
+        tokens, token_of = _tokens(rows)
+        documents, document_of = _interned(rows["document_id"].to_pylist())
+        shards, shard_of = _interned(rows["shard_id"].to_pylist())
+        begin, values = tables.ragged(rows, "values")
+        facts = rows.select(["feature_id", "slice", "context_id", "position", "start", "value"]).to_pylist()
+        for row, fact in enumerate(facts):
+            codes = values[begin[row] : begin[row + 1]]
             fires = np.flatnonzero(codes)
-            span = {
-                "group": groups.index(facts["group"]),
-                "slice": self._slices.index(facts["slice"]),
-                "document": document_of[row],
-                "shard": shard_of[row],
-                "context": facts["context_id"],
-                "position": facts["position"],
-                "start": facts["start"],
-                "value": _short(facts["value"]),
-                "tokens": token_of[first:last],
-                "at": fires.tolist(),
-                "codes": [_short(code) for code in codes[fires]],
-            }
-            features[facts["feature_id"] - start].setdefault("spans", []).append(list(span.values()))
-        return {"tokens": [list(token) for token in tokens], "documents": documents, "shards": shards}
+            features[fact["feature_id"] - start]["firings"].append(
+                [
+                    self._slices.index(fact["slice"]),
+                    document_of[row],
+                    shard_of[row],
+                    fact["context_id"],
+                    fact["position"],
+                    fact["start"],
+                    _short(fact["value"]),
+                    token_of[begin[row] : begin[row + 1]].tolist(),
+                    fires.tolist(),
+                    [_short(code) for code in codes[fires]],
+                ]
+            )
+        return {"tokens": tokens, "documents": documents, "shards": shards}
+
+
+def _tokens(rows: tables.Table) -> tuple[list[list[Any]], np.ndarray]:
+    """Id and text of the different tokens, the most frequent first, and the place of every token among them."""
+    _, ids = tables.ragged(rows, "token_ids")
+    _, texts = tables.ragged(rows, "tokens")
+    different, first, inverse, counts = np.unique(ids, return_index=True, return_inverse=True, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    return [[int(different[i]), texts[first[i]]] for i in order], place[inverse]
 
 
 def _of_features(rows: tables.Table, shown: np.ndarray | None, start: int, stop: int) -> tables.Table:
@@ -218,7 +243,7 @@ def _of_features(rows: tables.Table, shown: np.ndarray | None, start: int, stop:
     ids = np.asarray(rows["feature_id"])
     first, last = np.searchsorted(ids, [start, stop])
     part = rows.slice(first, last - first)
-    return part if shown is None else part.filter(shown[ids[first:last]].tolist())
+    return part if shown is None else part.filter(shown[ids[first:last]])
 
 
 def _interned(values: Iterable[Hashable]) -> tuple[list[Any], list[int]]:

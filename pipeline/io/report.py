@@ -114,7 +114,7 @@ def viewer(title: str, facts: Any) -> bytes:
         title: of the window.
         facts: plain values that the page starts from.
     """
-    script, style = _part("viewer.js"), _part("viewer.css")
+    script, style = _script(), _part("viewer.css")
     template = _environment().from_string(_part("viewer.html"))
     return template.render(
         title=title,
@@ -138,14 +138,19 @@ def data_file(name: str, value: Any) -> bytes:
 
 def viewer_digest() -> str:
     """Changes with the viewer."""
-    parts = "".join(map(_part, ("viewer.html", "viewer.css", "viewer.js")))
-    return hashlib.sha256(parts.encode()).hexdigest()
+    return hashlib.sha256("".join([_part("viewer.html"), _part("viewer.css"), _script()]).encode()).hexdigest()
 
 
 def _script_json(value: Any) -> str:
     """JSON in ASCII that is the same value inside a script, and cannot end one."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _script() -> str:
+    """The viewer's script: its parts in one strict scope."""
+    parts = "\n".join(map(_part, ("elements.js", "pictures.js", "viewer.js")))
+    return f'"use strict";\n(() => {{\n{parts}}})();\n'
 
 
 @cache
