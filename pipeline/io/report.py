@@ -60,6 +60,9 @@ td { white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: .85
 """
 
 
+_ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\x7f"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
     """A text with a background."""
@@ -108,7 +111,7 @@ def page(title: str, note: str, sections: Iterable[Chapter]) -> bytes:
 def viewer(title: str, facts: Any) -> bytes:
     """The page that shows data files: it needs them and nothing else.
 
-    Its policy lets run the page's own script, by its hash, and scripts from where the page lies; nothing may be fetched.
+    Its policy lets the page's own script run, by its hash, and scripts from where the page lies; the rest is refused.
 
     Args:
         title: of the window.
@@ -144,7 +147,7 @@ def viewer_digest() -> str:
 def _script_json(value: Any) -> str:
     """JSON in ASCII that is the same value inside a script, and cannot end one."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return text.translate(_ESCAPED)
 
 
 def _script() -> str:

@@ -114,7 +114,7 @@ const COLUMNS = [
   ["mean_when_firing", "mean", "Mean code over the tokens on which it fires."],
   ["max", "max", "Largest code."],
   ["p50", "codes", "Histogram of its codes in half octaves, on the same axis for all features; sorted by the median."],
-  ["name", "label", "A label, or in italics a proto-label made of words at, before and near the peaks of its spans."],
+  ["name", "label", "A label (bold), or a proto-label made of words at, before and near the peaks of its spans."],
 ];
 
 function listView(number, columns) {
@@ -177,7 +177,7 @@ function row(number, columns, id, index, plot) {
     el("td", { class: "c-p50" }, spark(columns.sparks[id])),
     el("td", { class: "c-name" }, label(columns.label[id], columns.proto_label[id])));
 }
-const label = (own, proto) => (own !== null ? isolated(own) : proto !== null ? el("em", {}, isolated(proto)) : "");
+const label = (own, proto) => (own !== null ? el("strong", {}, isolated(own)) : proto !== null ? el("em", {}, isolated(proto)) : "");
 
 // ---------- what the catalog is ----------
 
@@ -193,8 +193,8 @@ function about() {
     facts.masks.positions.length && `positions ${facts.masks.positions.join(", ")}`,
     facts.masks.max_norm_ratio && `tokens with more than ${facts.masks.max_norm_ratio} × the median norm`,
   ].filter(Boolean).join("; ");
-  return el("section", { "aria-label": "Catalog" },
-    el("h2", {}, "Catalog"),
+  return el("details", { open: innerWidth > 640 },
+    el("summary", {}, el("h2", {}, "Catalog")),
     terms([
       ["model", isolated(facts.model + (facts.revision ? ` @ ${facts.revision}` : ""))],
       ["computed in", `${facts.dtype}, contexts of ${facts.context_length} tokens`],
@@ -214,8 +214,8 @@ function about() {
 function aboutSae(number) {
   const site = facts.sites[number], books = new Map(site.tokens), counted = books.get("counted");
   const excluded = site.tokens.filter(([rule, n]) => rule !== "counted" && n);
-  return el("section", { "aria-label": "SAE" },
-    el("h2", {}, isolated(site.site)),
+  return el("details", { open: innerWidth > 640 },
+    el("summary", {}, el("h2", {}, isolated(site.site))),
     terms([
       ["features", whole(site.num_features)],
       ["dead", `${whole(site.dead)} (${percent(site.dead / Math.max(site.num_features, 1))})`, "Features that fire on no counted token."],
@@ -315,7 +315,7 @@ function groupFacts(name, feature, site) {
   if (name === "low_activating") return ["Low", `firings at least two octaves below the maximum's: ${percent(share(0, 8 * (topOctave - 1)))} of its firings`];
   const low = 8 * (topOctave - Number(name.slice(5)));
   if (low < 0) return [name, ""];
-  return [`${short(edges[low])} to ${short(edges[low + 8])}`, `firings drawn by a hash from this octave of codes: ${percent(share(low, low + 8))} of its firings`];
+  return [`Codes ${edges[low]} to ${edges[low + 8]}`, `firings drawn by a hash from this octave of codes: ${percent(share(low, low + 8))} of its firings`];
 }
 
 function spanGroups(site, chunk, feature) {
