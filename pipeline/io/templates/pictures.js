@@ -63,7 +63,7 @@ function cloud(number, columns, changed) {
   });
   if (view.brush) frame([X(view.brush[0]), Y(view.brush[2])], [X(view.brush[1]), Y(view.brush[3])]);
   return {
-    node: el("figure", {}, picture, el("figcaption", {}, "All features that fire. Darker: more features. Drag to list a region.")),
+    node: el("figure", {}, picture, el("figcaption", {}, "All features that fire; stronger colour, more features. Drag to list a region.")),
     clear: () => frame([0, 0], [0, 0]),
     mark: (x, y) => {
       const isPlace = typeof x === "number" && x > 0;
@@ -80,7 +80,7 @@ function sliceBars(rates, numbers) {
     rates.map((rate, s) => svg("rect", { x: s * (wide + 1), width: wide, y: 14 - Math.max(1, 14 * rate / top), height: Math.max(1, 14 * rate / top) })));
 }
 function spark(digits) {
-  return svg("svg", { width: 4 * digits.length, height: 14, "aria-hidden": "true", class: "spark" },
+  return svg("svg", { width: 4 * digits.length, height: 14, viewBox: `0 0 ${4 * digits.length} 14`, preserveAspectRatio: "none", "aria-hidden": "true", class: "spark" },
     svg("line", { x1: 0, x2: 4 * digits.length, y1: 13.5, y2: 13.5 }),
     [...digits].map((d, i) => (d === "0" ? null : svg("rect", { x: 4 * i, width: 3, y: 14 - 1.5 * d, height: 1.5 * d }))));
 }
