@@ -63,6 +63,8 @@ def _summary(analysis: Analysis) -> str:
             if fvu is not None
             else f"fit       {site}: unknown"
         )
+    if analysis.report:
+        lines.append(f"report    {analysis.report.index}")
     lines.append("time      " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in analysis.seconds.items()))
     return "\n".join(lines)
 

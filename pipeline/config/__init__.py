@@ -7,6 +7,7 @@ from pipeline.config.attribute import AttributeConfig, DirectLogitAttributorConf
 from pipeline.config.catalog import SnapshotsConfig
 from pipeline.config.compare import CompareConfig, PromptsConfig, RankBy, SideConfig
 from pipeline.config.discover import DiscoverRequest, DiscoveryConfig, TauConfig
+from pipeline.config.report import ReportConfig
 from pipeline.config.sections import (
     BatchConfig,
     CatalogConfig,
@@ -49,6 +50,7 @@ __all__ = [
     "PromptsConfig",
     "RankBy",
     "RankingConfig",
+    "ReportConfig",
     "SaeConfig",
     "SamplingConfig",
     "Section",

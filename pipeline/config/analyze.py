@@ -1,6 +1,6 @@
 """Configs of the main job and of the one that proves its store.
 
-Keys under `cluster` and `store`, and `preflight`, decide where and how work is done; all others can decide
+Keys under `cluster` and `store`, `preflight` and `report` decide where and how work is done; all others can decide
 numbers and are part of an identity (`pipeline.steps.plan`).
 """
 
@@ -43,6 +43,8 @@ class AnalyzeConfig(Section):
     """keep: store every code of every shard beside its partial."""
     preflight: Literal["warn", "refuse", "off"] = "warn"
     """What a poor fit of model, SAE, hook point and text does, before the hours are spent."""
+    report: bool = False
+    """Write the catalog as pages for a browser, too (`jobs.report`)."""
 
     @field_validator("saes")
     @classmethod

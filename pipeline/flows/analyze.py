@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline.config import AnalyzeConfig
+from pipeline.config import AnalyzeConfig, ReportConfig
 from pipeline.errors import CensusError, CheckpointError, SourceError
 from pipeline.flows.attribute import write_logits
 from pipeline.flows.catalog import Catalog
 from pipeline.flows.identity import find_config_sources, identify
 from pipeline.flows.reduction import Chosen, reduce
+from pipeline.flows.report import Report, write_report
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device
 from pipeline.records import Failure, ShardRecord, SourceRecord, canonical
@@ -45,6 +46,8 @@ class Analysis:
     """Shards that are not in it."""
     seconds: dict[str, float]
     """By stage."""
+    report: Report | None
+    """If it was asked for."""
 
 
 def analyze(config: AnalyzeConfig, say: Callable[[str], None] | None = None) -> Analysis:
@@ -268,7 +271,20 @@ class _Run:
         began = time.monotonic()
         catalog, is_new = reduce(chosen, self.voice, self._attribute)
         self.seconds["reduce"] = time.monotonic() - began - self.seconds.get("logits", 0)
-        return Analysis(catalog=catalog, is_new=is_new, failures=tuple(failures), seconds=self.seconds)
+        return Analysis(
+            catalog=catalog,
+            is_new=is_new,
+            failures=tuple(failures),
+            seconds=self.seconds,
+            report=self._report(catalog) if self.config.report else None,
+        )
+
+    def _report(self, catalog: Catalog) -> Report:
+        config = self.config
+        wanted = ReportConfig(store=config.store, catalog=config.catalog, snapshot=catalog.number)
+        found = write_report(wanted, self.voice.say)
+        self.seconds["report"] = found.seconds
+        return found
 
     def _attribute(self, draft: publish.Draft, todo: list[RangeTask]) -> dict[str, Any]:
         """Write the logits of all ranges to the draft, if they are wanted; facts for the manifest."""

@@ -1,8 +1,17 @@
-"""The door to jinja2: one plain HTML page of tables and highlighted text, every string escaped."""
+"""The door to jinja2: a plain HTML page of tables and highlighted text, and a page that views data files.
 
+Every string is escaped. The viewer is a page of our own markup, style and script; all that comes from a catalog
+reaches it as JSON and is shown as text.
+"""
+
+import base64
+import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
@@ -51,6 +60,9 @@ td { white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: .85
 """
 
 
+_ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\x7f"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
     """A text with a background."""
@@ -96,11 +108,73 @@ def page(title: str, note: str, sections: Iterable[Chapter]) -> bytes:
     return _template().render(title=title, note=note, sections=list(sections)).encode()
 
 
+def viewer(title: str, facts: Any) -> bytes:
+    """The page that shows data files: it needs them and nothing else.
+
+    Its policy lets the page's own script run, by its hash, and scripts from where the page lies; the rest is refused.
+
+    Args:
+        title: of the window.
+        facts: plain values that the page starts from.
+    """
+    script, style = _script(), _part("viewer.css")
+    template = _environment().from_string(_part("viewer.html"))
+    return template.render(
+        title=title,
+        script=script,
+        style=style,
+        script_hash=_source_hash(script),
+        style_hash=_source_hash(style),
+        facts=_script_json(facts),
+    ).encode()
+
+
+def data_file(name: str, value: Any) -> bytes:
+    """A script that hands plain values to the viewer; a page opened from disk can load nothing else.
+
+    Args:
+        name: by which the viewer asks for it.
+        value: anything that JSON can say.
+    """
+    return f"census({_script_json(name)},{_script_json(value)});\n".encode()
+
+
+def viewer_digest() -> str:
+    """Changes with the viewer."""
+    return hashlib.sha256("".join([_part("viewer.html"), _part("viewer.css"), _script()]).encode()).hexdigest()
+
+
+def _script_json(value: Any) -> str:
+    """JSON in ASCII that is the same value inside a script, and cannot end one."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.translate(_ESCAPED)
+
+
+def _script() -> str:
+    """The viewer's script: its parts in one strict scope."""
+    parts = "\n".join(map(_part, ("elements.js", "pictures.js", "viewer.js")))
+    return f'"use strict";\n(() => {{\n{parts}}})();\n'
+
+
+@cache
+def _part(name: str) -> str:
+    return resources.files("pipeline.io").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _source_hash(text: str) -> str:
+    """As a content security policy names an inline script or style."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
 @cache
 def _template() -> Template:
+    return _environment().from_string(_PAGE)
+
+
+def _environment() -> Environment:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["colour"] = _colour
-    return environment.from_string(_PAGE)
+    return environment
 
 
 def _colour(shade: float) -> str:

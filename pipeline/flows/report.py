@@ -1,0 +1,90 @@
+"""Write a catalog as pages for a browser: one index.html and small data files, opened from disk or served as files.
+
+Data lie in a folder named by what they are made of; the page that points to it is written last, and what older
+reports left is removed after that. A run that died is run again, and nobody ever opens half a report.
+"""
+
+import hashlib
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import ReportConfig
+from pipeline.flows.catalog import Catalog
+from pipeline.flows.report_data import CHUNK, SiteData, by_layer, overview
+from pipeline.io import report
+from pipeline.io.blobs import LocalBlobs
+from pipeline.records import canonical
+from pipeline.steps import layout
+from pipeline.steps.progress import Voice
+
+INDEX = "index.html"
+_FOLDER = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a run of the job gave."""
+
+    index: Path
+    """The page to open."""
+    num_features: int
+    """Of all SAEs."""
+    num_files: int
+    num_bytes: int
+    seconds: float
+
+
+def write_report(config: ReportConfig, say: Callable[[str], None] | None = None) -> Report:
+    """Run the job.
+
+    Args:
+        config: of the job.
+        say: hears every line that is meant for people; by default they go to stderr.
+
+    Raises:
+        UserError: if there is no such catalog, or its disk is full.
+    """
+    began = time.monotonic()
+    catalog = Catalog(config.store.root, config.catalog.name, config.snapshot)
+    facts = overview(catalog, config.features)
+    sizes_of_saes = [site["num_features"] for site in facts["sites"]]
+    made_of = hashlib.sha256(canonical([facts, report.viewer_digest()])).hexdigest()
+    data = f"data/{made_of[:16]}"
+    blobs = LocalBlobs(config.out or catalog.attached / "report")
+    run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
+    voice = Voice(LocalBlobs(config.store.root), layout.events(run_id), say)
+    sizes = []
+
+    def write(key: str, body: bytes) -> None:
+        blobs.put(key, body)
+        sizes.append(len(body))
+
+    with voice.stage("report", sum(-(-size // CHUNK) for size in sizes_of_saes), "features") as stage:
+        for number, name in enumerate(by_layer(catalog)):
+            site = SiteData(catalog, name)  # one SAE in memory at a time
+            write(f"{data}/{number}/table.js", report.data_file(f"{number}/table", site.table()))
+            for chunk, content in site.chunks(config.features):
+                write(f"{data}/{number}/{chunk}.js", report.data_file(f"{number}/{chunk}", content))
+                stage.advance(len(content["features"]))
+    write(INDEX, report.viewer(f"{catalog.manifest['catalog']} {catalog.number:06d}", facts | {"data": data}))
+    _remove_others(blobs, data)
+    return Report(
+        index=blobs.path(INDEX),
+        num_features=sum(sizes_of_saes),
+        num_files=len(sizes),
+        num_bytes=sum(sizes),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _remove_others(blobs: LocalBlobs, data: str) -> None:
+    """Remove the data of older reports."""
+    with blobs.writing():
+        for folder in blobs.path("data").iterdir():
+            if _FOLDER.fullmatch(folder.name) and folder != blobs.path(data):
+                shutil.rmtree(folder)
