@@ -6,7 +6,8 @@ import time
 from jobs import _main
 from jobs._show import printable
 from pipeline.config import StatusConfig
-from pipeline.flows.status import Reason, RunStatus, Straggler, status
+from pipeline.flows.run_status import Reason, RunStatus, Straggler
+from pipeline.flows.status import status
 
 _MOST = 10
 """Failures, losses and stragglers shown of a run."""

@@ -18,7 +18,8 @@ from pipeline.compute import stats as statistics
 from pipeline.compute.census import SiteCensus
 from pipeline.compute.codes import Codes, concatenate, empty, sorted_codes
 from pipeline.compute.documents import DocumentCensus, DocumentStats, document_grid
-from pipeline.compute.samples import Entries, Kept, Samples, SampleSizes, firing_keys, silent_keys
+from pipeline.compute.keys import firing_keys, silent_keys
+from pipeline.compute.samples import Entries, Kept, Samples, SampleSizes
 from pipeline.compute.stats import NUM_BINS, QUANTILE_ERROR, FeatureStats
 from pipeline.errors import ShardError
 

@@ -20,7 +20,8 @@ from pipeline.config import StatusConfig
 from pipeline.errors import ConfigError, ShardError
 from pipeline.flows import status as flow
 from pipeline.flows.analyze import analyze
-from pipeline.flows.status import RunStatus, runs, status
+from pipeline.flows.run_status import RunStatus
+from pipeline.flows.status import runs, status
 from pipeline.io.blobs import LocalBlobs
 from pipeline.steps import layout, progress
 from pipeline.steps.progress import Voice

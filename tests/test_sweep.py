@@ -208,6 +208,7 @@ def test_a_file_describes_the_sweep_and_the_command_line_goes_before_it(
         sweep(SweepConfig(file=str(tmp_path / "missing.yaml")), MONDAY, lambda line: None)
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
 def test_the_command_runs_a_file(
     tmp_path: Path, weekly: Callable[..., SweepConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

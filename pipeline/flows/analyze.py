@@ -1,38 +1,24 @@
 """The main job: a model, SAEs and a corpus become a catalog.
 
-identify -> prepare -> preflight -> map shards to partials -> reduce ranges -> publish. Every stage leaves its
-work in the store under names made of content, so a run that died is resumed by running the same again.
+Fill the store with partials -> reduce ranges of features -> publish -> write the report, if it is wanted.
 """
 
 import time
-import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from pipeline.config import AnalyzeConfig, ReportConfig
-from pipeline.errors import CensusError, CheckpointError, SourceError
+from pipeline.errors import CensusError
 from pipeline.flows.attribute import write_logits
 from pipeline.flows.catalog import Catalog
-from pipeline.flows.identity import find_config_sources, identify
+from pipeline.flows.filling import Filling
 from pipeline.flows.reduction import Chosen, reduce
 from pipeline.flows.report import Report, write_report
-from pipeline.io.blobs import LocalBlobs
-from pipeline.io.device import choose_device
-from pipeline.records import Failure, ShardRecord, SourceRecord, canonical
-from pipeline.steps import layout, plan, preflight, publish
-from pipeline.steps.cluster import connected, run_tasks
+from pipeline.records import Failure, SourceRecord
+from pipeline.steps import plan, publish
 from pipeline.steps.logits import LogitSettings
-from pipeline.steps.outcomes import Outcome, result_of
 from pipeline.steps.partial import RangeTask
-from pipeline.steps.preflight import FitProbe
-from pipeline.steps.prepare import Preparer, PrepareSettings, choose_shards, read_settings
-from pipeline.steps.progress import Voice
-from pipeline.steps.session import AnalysisSession
-from pipeline.steps.shard import ShardTask, sample_sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,246 +46,68 @@ def analyze(config: AnalyzeConfig, say: Callable[[str], None] | None = None) -> 
     Raises:
         UserError: if the user must change something; nothing that was finished is lost.
     """
-    run = _Run(config, say)
-    plan.check_claim(run.blobs, config.catalog.name, run.identity.fields)
-    with run.running(config.catalog.name):
-        records, receipts, failures = run.fill()
-        plan.claim(run.blobs, config.catalog.name, run.identity.fields)
-        return run.reduce(records, receipts, failures)
+    filling = Filling(config, say)
+    plan.check_claim(filling.blobs, config.catalog.name, filling.identity.fields)
+    with filling.running(config.catalog.name):
+        records, receipts, failures = filling.run()
+        plan.claim(filling.blobs, config.catalog.name, filling.identity.fields)
+        return _publish(filling, records, receipts, failures)
 
 
-def fill(config: AnalyzeConfig, names: Sequence[str], say: Callable[[str], None] | None = None) -> None:
-    """Analyse all shards and publish nothing: whoever asks for one of these SAEs finds its partials done.
-
-    Args:
-        config: with the SAEs of all who share the model, the corpus and the settings.
-        names: of the catalogs that this is for.
-        say: as for `analyze`.
-
-    Raises:
-        UserError: if the user must change something.
-    """
-    run = _Run(config, say)
-    with run.running("+".join(names)):
-        run.fill()
-        run.voice.event("done", {"snapshot": None, "is_new": False})
-
-
-class _Run:
-    """One run: the stages share identity, store and voice."""
-
-    def __init__(self, config: AnalyzeConfig, say: Callable[[str], None] | None):
-        self.config = config
-        self.identity = identify(config)
-        self.blobs = LocalBlobs(config.store.root)
-        self.run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
-        self.voice = Voice(self.blobs, layout.events(self.run_id), say)
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def running(self, catalog: str) -> Iterator[None]:
-        """The time of the run; `jobs.status` is told of it."""
-        self._describe()
-        cluster = self.config.cluster
-        about = {"catalog": catalog, "workers": cluster.num_workers, "address": cluster.address}
-        with self.voice.running(about), connected(cluster):
-            yield
-
-    def _describe(self) -> None:
-        """Write what preparation and measures are, for whoever finds them."""
-        config, identity = self.config, self.identity
-        self.blobs.put_if_absent(layout.preparation(identity.preparation_id), canonical(identity.preparation))
-        measures = plan.measures(identity.measure)
-        made = {"preparation_id": identity.preparation_id, "config": config.model_dump(mode="json")}
-        for site in identity.saes:
-            manifest = {"fields": measures[str(site)], **made}
-            self.blobs.put_if_absent(layout.measure(identity.measure_ids[site]), canonical(manifest))
-
-    def fill(self) -> tuple[list[SourceRecord], plan.Receipts, list[Failure]]:
-        """Prepare and map."""
-        records = self.prepare()
-        return records, *self.map(choose_shards(records, self.config.corpus.max_tokens))
-
-    def prepare(self) -> list[SourceRecord]:
-        """Every source as shards, in the order of sources."""
-        config = self.config
-        sources = find_config_sources(config)
-        settings = PrepareSettings(
-            root=config.store.root, model=config.model, corpus=config.corpus, fields=self.identity.preparation
-        )
-        found: dict[str, SourceRecord] = {}
-        with self.voice.stage("prepare", len(sources), "tokens") as stage:
-            for outcome in run_tasks(
-                partial(Preparer, settings), sources, config.cluster, on_event=self.voice.event, stage="prepare"
-            ):
-                record = result_of(outcome, f"source {', '.join(outcome.task.names)}")
-                found[record.source_id] = record
-                stage.advance(sum(shard.num_tokens for shard in record.shards))
-        self.seconds["prepare"] = stage.seconds
-        how = read_settings(config.corpus)
-        records = [found[unit.identity(how)] for unit in sources]
-        self._check_records(records)
-        return records
-
-    def _check_records(self, records: list[SourceRecord]) -> None:
-        dropped: Counter[str] = Counter()
-        for record in records:
-            dropped.update(record.dropped)
-        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()))
-        where = self.blobs.path(layout.quarantine(self.identity.preparation_id, "x")).parent
-        if dropped.total() > self.config.corpus.max_bad_records:
-            raise SourceError(
-                f"{dropped.total()} records cannot be used ({reasons}), more than corpus.max_bad_records="
-                f"{self.config.corpus.max_bad_records}; they are listed in {where}: mend them or raise the bound"
-            )
-        if not any(record.shards for record in records):
-            raise SourceError(
-                f"corpus.source has no usable text: {len(records)} sources, {reasons or 'no records at all'}"
-            )
-        if dropped:
-            self.voice.say(f"{dropped.total()} records are not used ({reasons}); they are listed in {where}")
-
-    def map(self, shards: list[ShardRecord]) -> tuple[plan.Receipts, list[Failure]]:
-        """The receipts of all shards that have one for every SAE, from earlier runs or this one; and what failed."""
-        identity, cluster = self.identity, self.config.cluster
-        receipts, left = plan.look(self.blobs, identity.measure_ids, shards)
-        self._tell_plan(shards, left)
-        make = partial(AnalysisSession, self.config, identity.preparation_id, identity.measure_ids, identity.numerics)
-        asked = self.config.preflight != "off" and bool(left)
-        outcomes: Iterator[Outcome[Any, Any]] = run_tasks(
-            make,
-            left,
-            cluster,
-            probe=preflight.probe([task.shard for task in left]) if asked else None,
-            judge=self._judge,
-            needs_gpu=choose_device(self.config.model.device).type == "cuda",
-            on_event=self.voice.event,
-            describe=_about_task,
-            stage="analyze",
-        )
-        failures = []
-        with self.voice.stage("analyze", len(left), "tokens") as stage:
-            for outcome in outcomes:
-                task: ShardTask = outcome.task
-                if outcome.result is None:
-                    failures.append(self._quarantine(outcome))
-                else:
-                    for site, receipt in zip(task.sites, outcome.result, strict=True):
-                        receipts[site][task.shard.shard_id] = receipt
-                        self.blobs.delete(layout.failure(receipt.measure_id, task.shard.shard_id))
-                    self.voice.event("shard_done", {"shard_id": task.shard.shard_id, **outcome.result[0].ran})
-                stage.advance(task.shard.num_tokens)
-        self.seconds["analyze"] = stage.seconds
-        for failure in failures:
-            for found in receipts.values():
-                found.pop(failure.shard.shard_id, None)
-        if failures and all(receipts.values()) and plan.lost(self.blobs, receipts):
-            # a node stood for a shard that failed for another SAE, and the partials of the rest were pruned
-            failed = {failure.shard.shard_id for failure in failures}
-            receipts, more = self.map([shard for shard in shards if shard.shard_id not in failed])
-            failures += more
-        return receipts, failures
-
-    def _tell_plan(self, shards: list[ShardRecord], left: list[ShardTask]) -> None:
-        """Say what is done already, what is left, and whether there is room for it."""
-        if len(left) < len(shards):
-            self.voice.say(f"{len(shards) - len(left)} of {len(shards)} shards are already done")
-        num_features = {site: loaded.sae.num_features for site, loaded in self.identity.saes.items()}
-        cost = plan.estimate(shards, left, sample_sizes(self.config.sampling), num_features)
-        if cost.partial_bytes > self.blobs.free_bytes():
-            self.voice.say(
-                f"warning: the partials may need {cost.partial_bytes >> 20} MiB, and {self.blobs.root} has "
-                f"{self.blobs.free_bytes() >> 20} MiB left"
-            )
-        tokens = {task.shard.shard_id: task.shard.num_tokens for task in left}
-        intent = {"left": tokens, "measures": sorted(self.identity.measure_ids.values())}
-        self.blobs.put(layout.run_plan(self.run_id), canonical(intent))
-        done_tokens = sum(shard.num_tokens for shard in shards) - sum(tokens.values())
-        self.voice.event("plan", {"done": cost.num_done, "done_tokens": done_tokens})
-
-    def _judge(self, outcome: Outcome[Any, Any]) -> None:
-        """Say how well the SAEs fit, and refuse if asked to."""
-        if outcome.result is None:
-            raise CheckpointError(f"preflight failed: {outcome.message}")
-        for fit in outcome.result:
-            self.voice.say(f"preflight {preflight.describe(fit)}")
-        bos = bool(self.identity.preparation["bos"])
-        found = preflight.complaints(outcome.result, self.identity.saes, bos)
-        if self.config.preflight == "refuse":
-            preflight.refuse(found)
-        for complaint in found:
-            self.voice.say(f"warning: {complaint}")
-
-    def _quarantine(self, outcome: Outcome[Any, Any]) -> Failure:
-        task: ShardTask = outcome.task
-        failure = Failure(
-            shard=task.shard,
-            kind=outcome.kind,
-            message=outcome.message,
-            attempts=outcome.attempts,
-            details=outcome.details,
-        )
-        for site in task.sites:
-            key = layout.failure(self.identity.measure_ids[site], failure.shard.shard_id)
-            self.blobs.put(key, failure.to_bytes())
-        self.voice.quarantined += 1
-        why = {"kind": failure.kind, "message": failure.message, "attempts": failure.attempts}
-        self.voice.event("quarantined", {"shard_id": failure.shard.shard_id, **why})
-        self.voice.say(f"shard {failure.shard.shard_id} is left out: {failure.kind}: {failure.message}")
-        return failure
-
-    def reduce(self, records: list[SourceRecord], receipts: plan.Receipts, failures: list[Failure]) -> Analysis:
-        """Merge the partials into a published snapshot."""
-        if not all(receipts.values()):
-            reasons = sorted({f"{f.kind}: {f.message}" for f in failures})
-            more = f" (and {len(reasons) - 3} more reasons)" if len(reasons) > 3 else ""
-            raise CensusError(f"none of {len(failures)} shards could be analysed: {'; '.join(reasons[:3])}{more}")
-        chosen = Chosen(
-            config=self.config,
-            identity=self.identity.fields,
-            decoder_norms={site: loaded.sae.decoder_norms().numpy() for site, loaded in self.identity.saes.items()},
-            receipts=receipts,
-            sources=[_about_source(record) for record in records],
-            missing=[failure.shard.shard_id for failure in failures],
-            weights={},
-            volatile={
-                "config": self.config.model_dump(mode="json"),
-                "numerics": self.identity.numerics_of(each for found in receipts.values() for each in found.values()),
-                "seconds": self.seconds,
-            },
-        )
-        began = time.monotonic()
-        catalog, is_new = reduce(chosen, self.voice, self._attribute)
-        self.seconds["reduce"] = time.monotonic() - began - self.seconds.get("logits", 0)
-        return Analysis(
-            catalog=catalog,
-            is_new=is_new,
-            failures=tuple(failures),
-            seconds=self.seconds,
-            report=self._report(catalog) if self.config.report else None,
-        )
-
-    def _report(self, catalog: Catalog) -> Report:
-        config = self.config
-        wanted = ReportConfig(store=config.store, catalog=config.catalog, snapshot=catalog.number)
-        found = write_report(wanted, self.voice.say)
-        self.seconds["report"] = found.seconds
-        return found
-
-    def _attribute(self, draft: publish.Draft, todo: list[RangeTask]) -> dict[str, Any]:
-        """Write the logits of all ranges to the draft, if they are wanted; facts for the manifest."""
-        config = self.config
-        if not config.logits.top_k:
-            return {}
-        threads = config.cluster.threads_per_worker
-        settings = LogitSettings(model=config.model, saes=config.saes, logits=config.logits, threads=threads)
-        with self.blobs.writing():
-            facts, self.seconds["logits"] = write_logits(draft.folder, settings, todo, config.cluster, self.voice)
-        return {"logits": facts}
+def _publish(
+    filling: Filling, records: list[SourceRecord], receipts: plan.Receipts, failures: list[Failure]
+) -> Analysis:
+    """Merge the partials into a published snapshot."""
+    if not all(receipts.values()):
+        reasons = sorted({f"{f.kind}: {f.message}" for f in failures})
+        more = f" (and {len(reasons) - 3} more reasons)" if len(reasons) > 3 else ""
+        raise CensusError(f"none of {len(failures)} shards could be analysed: {'; '.join(reasons[:3])}{more}")
+    config, identity = filling.config, filling.identity
+    chosen = Chosen(
+        config=config,
+        identity=identity.fields,
+        decoder_norms={site: loaded.sae.decoder_norms().numpy() for site, loaded in identity.saes.items()},
+        receipts=receipts,
+        sources=[_about_source(record) for record in records],
+        missing=[failure.shard.shard_id for failure in failures],
+        weights={},
+        volatile={
+            "config": config.model_dump(mode="json"),
+            "numerics": identity.numerics_of(each for found in receipts.values() for each in found.values()),
+            "seconds": filling.seconds,
+        },
+    )
+    began = time.monotonic()
+    catalog, is_new = reduce(chosen, filling.voice, lambda draft, todo: _attribute(filling, draft, todo))
+    filling.seconds["reduce"] = time.monotonic() - began - filling.seconds.get("logits", 0)
+    return Analysis(
+        catalog=catalog,
+        is_new=is_new,
+        failures=tuple(failures),
+        seconds=filling.seconds,
+        report=_report(filling, catalog) if config.report else None,
+    )
 
 
-def _about_task(task: ShardTask | FitProbe) -> dict[str, Any]:
-    return {} if isinstance(task, FitProbe) else {"shard_id": task.shard.shard_id, "tokens": task.shard.num_tokens}
+def _report(filling: Filling, catalog: Catalog) -> Report:
+    config = filling.config
+    wanted = ReportConfig(store=config.store, catalog=config.catalog, snapshot=catalog.number)
+    found = write_report(wanted, filling.voice.say)
+    filling.seconds["report"] = found.seconds
+    return found
+
+
+def _attribute(filling: Filling, draft: publish.Draft, todo: list[RangeTask]) -> dict[str, Any]:
+    """Write the logits of all ranges to the draft, if they are wanted; facts for the manifest."""
+    config = filling.config
+    if not config.logits.top_k:
+        return {}
+    threads = config.cluster.threads_per_worker
+    settings = LogitSettings(model=config.model, saes=config.saes, logits=config.logits, threads=threads)
+    with filling.blobs.writing():
+        written = write_logits(draft.folder, settings, todo, config.cluster, filling.voice)
+    facts, filling.seconds["logits"] = written
+    return {"logits": facts}
 
 
 def _about_source(record: SourceRecord) -> dict[str, Any]:

@@ -20,13 +20,14 @@ from pipeline.compute.drift import overlap, rank_correlation
 from pipeline.config import AnalyzeConfig, SweepConfig
 from pipeline.config.sweep import AlertConfig, EntryConfig
 from pipeline.errors import CensusError, ConfigError
-from pipeline.flows.analyze import Analysis, analyze, fill
+from pipeline.flows.analyze import Analysis, analyze
 from pipeline.flows.catalog import Catalog
+from pipeline.flows.filling import fill
 from pipeline.io.blobs import LocalBlobs
 from pipeline.steps.ledger import Ledger, SweepRun
 
 _BEST = 100
-_NOT_SHARED = {"saes", "catalog", "ranking", "logits"}
+_NOT_SHARED = {"saes", "catalog", "ranking", "logits", "report"}
 """Sections in which entries may differ that share forward passes."""
 
 

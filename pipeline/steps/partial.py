@@ -14,7 +14,8 @@ from jaxtyping import Float32, Int32, Int64
 from pipeline.compute.codes import Codes
 from pipeline.compute.documents import DocumentStats
 from pipeline.compute.fits import FitSums
-from pipeline.compute.samples import Entries, Samples, firing_keys, silent_keys
+from pipeline.compute.keys import firing_keys, silent_keys
+from pipeline.compute.samples import Entries, Samples
 from pipeline.compute.stats import FeatureStats
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.store import Pack

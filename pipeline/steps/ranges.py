@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Int64
 
 from pipeline.compute.documents import DocumentStats
+from pipeline.compute.keys import firing_keys
 from pipeline.compute.labels import Tally
-from pipeline.compute.samples import Entries, Kept, Samples, exponent_of, firing_keys, joined
+from pipeline.compute.samples import Entries, Kept, Samples, exponent_of, joined
 from pipeline.compute.stats import FeatureStats
 from pipeline.compute.weights import copies
 from pipeline.config import ModelConfig, SamplingConfig
