@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import uvicorn
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from jobs import _main
 from jobs._http import RESPONSES, BodyLimit, LocalHosts, answer_errors
@@ -46,6 +46,34 @@ class Health(BaseModel):
     version: str
     model_id: str
     saes: list[dict[str, Any]]
+
+
+class _Parameters(BaseModel):
+    """Of a URL; names that are none are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class PageOf(_Parameters):
+    """Which features to list."""
+
+    hook_point: str | None = None
+    sae: str | None = None
+    start: Annotated[int, Field(ge=0, lt=1 << 40)] = 0
+    limit: Annotated[int, Field(ge=1, le=500)] = 50
+
+
+class SearchFor(_Parameters):
+    """What to search for."""
+
+    q: Annotated[str, Field(min_length=1, max_length=200)]
+    limit: Annotated[int, Field(ge=1, le=500)] = 50
+
+
+class NewestRuns(_Parameters):
+    """How many runs to tell of."""
+
+    last: Annotated[int, Field(ge=1, le=100)] = 10
 
 
 _EXAMPLE = {
@@ -113,15 +141,9 @@ def _offer_catalogs(routes: APIRouter, catalogs: "_Catalogs") -> None:
         return catalogs.describe()
 
     @routes.get("/catalogs/{name}/features")
-    def features(
-        name: Name,
-        hook_point: str | None = None,
-        sae: str | None = None,
-        start: Annotated[int, Field(ge=0, lt=1 << 40)] = 0,
-        limit: Annotated[int, Field(ge=1, le=500)] = 50,
-    ) -> list[dict[str, Any]]:
+    def features(name: Name, page: Annotated[PageOf, Query()]) -> list[dict[str, Any]]:
         """Features by rank."""
-        return catalogs.get(name).page(start, limit, hook_point, sae)
+        return catalogs.get(name).page(page.start, page.limit, page.hook_point, page.sae)
 
     @routes.get("/catalogs/{name}/features/{key:path}")
     def feature(name: Name, key: str) -> dict[str, Any]:
@@ -137,20 +159,16 @@ def _offer_catalogs(routes: APIRouter, catalogs: "_Catalogs") -> None:
         return found | {"spans": catalog.spans(parts[0], parts[1], int(parts[2])).to_pylist()}
 
     @routes.get("/catalogs/{name}/search")
-    def search(
-        name: Name,
-        q: Annotated[str, Field(min_length=1, max_length=200)],
-        limit: Annotated[int, Field(ge=1, le=500)] = 50,
-    ) -> list[dict[str, Any]]:
+    def search(name: Name, wanted: Annotated[SearchFor, Query()]) -> list[dict[str, Any]]:
         """Features whose label contains `q`, or whose strongest spans peak on a token that does."""
-        return catalogs.get(name).search(q, limit)
+        return catalogs.get(name).search(wanted.q, wanted.limit)
 
 
 def _offer_status(routes: APIRouter, root: str) -> None:
     @routes.get("/status")
-    def status(last: Annotated[int, Field(ge=1, le=100)] = 10) -> list[dict[str, Any]]:
+    def status(newest: Annotated[NewestRuns, Query()]) -> list[dict[str, Any]]:
         """What the newest runs of the store are doing or did, newest first."""
-        return [run.public().to_json() for run in islice(runs(LocalBlobs(root)), last)]
+        return [run.public().to_json() for run in islice(runs(LocalBlobs(root)), newest.last)]
 
 
 def _offer_status_page(routes: APIRouter, root: str) -> None:

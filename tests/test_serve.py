@@ -427,6 +427,18 @@ def test_a_whole_number_is_one_however_it_is_written(field, client):
     assert (whole.status_code, broken.status_code) == (200, 422)
 
 
+@pytest.mark.parametrize("path", ["catalogs/x/features?lmit=3", "catalogs/x/search?q=a&lmit=3", "status?lmit=3"])
+def test_a_parameter_that_is_none_is_refused_by_its_name(path, client, config):
+    assert_problem(client.get(f"/v1/{path}"), 422, "lmit", config)
+
+
+def test_the_greatest_norm_ratio_makes_no_token_an_outlier(client):
+    every, most = (
+        client.post(URL, json={"text": "river water", **masks}).json() for masks in ({}, {"max_norm_ratio": 1e308})
+    )
+    assert most["analyzed"]["tokens_kept"] == every["analyzed"]["tokens_kept"]
+
+
 def test_the_schema_asks_for_a_token_only_where_one_is_set(app, schema):
     assert "security" not in json.dumps(app.openapi())
     paths = schema.raw_schema["paths"]

@@ -23,7 +23,8 @@ _NORMAL_95 = 1.959963984540054
 
 def norm_outliers(norm: Float64[np.ndarray, " T"], ratio: float) -> Bool[np.ndarray, " T"]:
     """Tokens whose norm exceeds `ratio` times the (lower) median, as `masks.norm_outliers` for one sequence."""
-    return np.asarray(norm > ratio * np.sort(norm)[(len(norm) - 1) // 2])
+    with np.errstate(over="ignore"):  # what exceeds infinity is none
+        return np.asarray(norm > ratio * np.sort(norm)[(len(norm) - 1) // 2])
 
 
 def kept_tokens(weight: Float64[np.ndarray, " T"], allowed: Bool[np.ndarray, " T"], k: int) -> Bool[np.ndarray, " T"]:
