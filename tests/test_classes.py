@@ -118,7 +118,7 @@ def test_a_mixed_measure_says_so_everywhere_and_is_never_a_strict_one(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("pipeline.flows.analyze.AnalysisSession", another_machine_on(nodes["big"], tmp_path))
+    monkeypatch.setattr("pipeline.flows.filling.AnalysisSession", another_machine_on(nodes["big"], tmp_path))
     cluster = settings(nodes, BIG, SMALL, mixed_numerics=True).model_dump()
     mixed = analyze(analyze_config(tmp_path / "store", cluster=cluster), lambda line: None).catalog
     receipts = [json.loads(path.read_text()) for path in (tmp_path / "store").glob("measures/*/receipts/*.json")]

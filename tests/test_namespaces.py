@@ -15,7 +15,7 @@ import pytest
 from test_nodes import gated, last_run
 
 from pipeline.config import AnalyzeConfig, ClusterConfig
-from pipeline.flows import analyze as flow
+from pipeline.flows import filling as flow
 from pipeline.flows.analyze import analyze
 from pipeline.flows.catalog import Catalog
 

@@ -142,7 +142,7 @@ def test_a_run_outlives_a_node_uses_one_that_joins_and_gives_the_catalog_of_one_
 ) -> None:
     whole = analyze(analyze_config(tmp_path / "inline"), lambda line: None).catalog.digest
     monkeypatch.setattr(progress, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr("pipeline.flows.analyze.AnalysisSession", gated(tmp_path / "gate"))
+    monkeypatch.setattr("pipeline.flows.filling.AnalysisSession", gated(tmp_path / "gate"))
     root = tmp_path / "nodes"
     config = analyze_config(root, cluster=settings(cluster).model_dump() | {"workers": 4})  # one waits for a node
     with connected(config.cluster), ThreadPoolExecutor(1) as pool:  # nodes can be added in the main thread only
@@ -173,7 +173,7 @@ def test_a_run_that_began_on_two_nodes_ends_on_the_one_that_is_left(
     cluster: Cluster, analyze_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = analyze(analyze_config(tmp_path / "inline"), lambda line: None).catalog.digest
-    monkeypatch.setattr("pipeline.flows.analyze.AnalysisSession", gated(tmp_path / "gate"))
+    monkeypatch.setattr("pipeline.flows.filling.AnalysisSession", gated(tmp_path / "gate"))
     gone, left = (add(cluster, resources={"pair": 1}) for _ in range(2))
     root = tmp_path / "pair"
     on_the_pair = {"executor": "ray", "threads_per_worker": 1, "address": cluster.address}
