@@ -51,7 +51,7 @@ def _ending(run: RunStatus, now: float) -> str:
         case "running":
             return f", last seen {max(0.0, now - run.seen_at):.0f} s ago"
         case "finished":
-            what = "partials only" if run.snapshot is None else f"snapshot {run.snapshot}"
+            what = "no snapshot was to be made" if run.snapshot is None else f"snapshot {run.snapshot}"
             return f" after {run.seen_at - run.began_at:.0f} s, {what}"
         case "silent":
             return f", no sign of life for {now - run.seen_at:.0f} s; the same command goes on where it stopped"

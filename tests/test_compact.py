@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from conftest import write_corpus
 
+from jobs.status import text
 from pipeline.config import AnalyzeConfig, StoreConfig, VerifyConfig
 from pipeline.errors import ConfigError, CorruptError, ShardError
 from pipeline.flows import reduction
 from pipeline.flows.analyze import Analysis, analyze
 from pipeline.flows.catalog import Catalog
 from pipeline.flows.compact import Compaction, compact
+from pipeline.flows.status import runs
 from pipeline.flows.verify import verify
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.store import Pack
@@ -237,6 +239,13 @@ def codes_by_context(arrays: dict[str, np.ndarray]) -> dict[tuple[int, int, int]
     runs = itertools.pairwise(arrays["code_start"].tolist())
     codes = [(arrays["code_position"][a:b].tolist(), arrays["code_value"][a:b].tolist()) for a, b in runs]
     return dict(zip(zip(feature, ordinal, row, strict=True), codes, strict=True))
+
+
+def test_a_compaction_is_told_among_the_runs(root):
+    compacted(root)
+    told = next(runs(LocalBlobs(root)))
+    assert (told.state, told.stage, told.snapshot) == ("finished", "compact", None)
+    assert "no snapshot was to be made" in text(told, told.seen_at)
 
 
 def test_pruned_a_catalog_is_the_same_from_its_roots_and_nothing_is_analysed_again(toy, plain, root, fan_2):

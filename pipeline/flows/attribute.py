@@ -5,7 +5,6 @@ tables, and equals what `jobs.analyze` publishes under the same `logits` keys.
 """
 
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +33,7 @@ from pipeline.steps.logits import (
 )
 from pipeline.steps.outcomes import in_order, result_of
 from pipeline.steps.partial import RangeTask
-from pipeline.steps.progress import Voice
+from pipeline.steps.progress import Voice, new_run
 from pipeline.steps.reader import load_saes
 
 
@@ -115,7 +114,7 @@ def _to_catalog(config: AttributeConfig, name: str, say: Callable[[str], None] |
     kept = {file: facts for file, facts in old.manifest["files"].items() if file not in (LOGITS, MOMENTS)}
     with publish.Draft(blobs, (), {}) as draft:
         draft.copy(old.folder, kept)
-        voice = Voice(blobs, layout.events(f"attribute-{uuid.uuid4().hex}"), say)
+        voice = Voice(blobs, layout.events(new_run()), say)
         with blobs.writing():
             facts, seconds = write_logits(draft.folder, _settings(config), todo, config.cluster, voice)
         if publish.snapshots(blobs, name)[-1] != old.number:

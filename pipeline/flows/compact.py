@@ -5,7 +5,6 @@ the partials back and keeps of every slice the root: a corpus that grows is then
 partials, while any other choice of shards is analysed again.
 """
 
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from pipeline.steps import layout, plan, tree
 from pipeline.steps.cluster import connected, run_tasks
 from pipeline.steps.merger import Merger, NodeTask
 from pipeline.steps.outcomes import result_of
-from pipeline.steps.progress import Stage, Voice
+from pipeline.steps.progress import Stage, Voice, new_run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +79,7 @@ def compact(
     blobs = LocalBlobs(root)
     measures = _measures(blobs, catalog)
     bytes_before = _bytes(blobs, measures)
-    voice = Voice(blobs, layout.events(f"compact-{uuid.uuid4().hex}"), say)
+    voice = Voice(blobs, layout.events(new_run()), say)
     with (
         voice.running({"catalog": name, "workers": cluster.num_workers, "address": cluster.address}),
         connected(cluster),
@@ -88,6 +87,7 @@ def compact(
         run = _Run(blobs, measures, partial(Merger, str(blobs.root), fields["sampling"]), cluster, voice)
         run.make(roots_suffice=prune)
         num_pruned = run.prune() if prune else 0
+        voice.event("done", {"snapshot": None, "is_new": False})
     return Compaction(
         num_made=run.num_made,
         num_kept=run.num_kept,

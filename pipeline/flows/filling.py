@@ -4,8 +4,6 @@ identify -> prepare -> preflight -> map. Every stage leaves its work in the stor
 run that died is resumed by running the same again.
 """
 
-import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ from pipeline.steps.cluster import connected, run_tasks
 from pipeline.steps.outcomes import Outcome, result_of
 from pipeline.steps.preflight import FitProbe
 from pipeline.steps.prepare import Preparer, PrepareSettings, choose_shards, read_settings
-from pipeline.steps.progress import Voice
+from pipeline.steps.progress import Voice, new_run
 from pipeline.steps.session import AnalysisSession
 from pipeline.steps.shard import ShardTask, sample_sizes
 
@@ -57,7 +55,7 @@ class Filling:
         self.config = config
         self.identity = identify(config)
         self.blobs = LocalBlobs(config.store.root)
-        self.run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
+        self.run_id = new_run()
         self.voice = Voice(self.blobs, layout.events(self.run_id), say)
         self.seconds: dict[str, float] = {}
 

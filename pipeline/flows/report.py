@@ -8,7 +8,6 @@ import hashlib
 import re
 import shutil
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from pipeline.io import report
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import canonical
 from pipeline.steps import layout
-from pipeline.steps.progress import Voice
+from pipeline.steps.progress import Voice, new_run
 
 INDEX = "index.html"
 _FOLDER = re.compile(r"[0-9a-f]{16}")
@@ -56,8 +55,7 @@ def write_report(config: ReportConfig, say: Callable[[str], None] | None = None)
     made_of = hashlib.sha256(canonical([facts, report.viewer_digest()])).hexdigest()
     data = f"data/{made_of[:16]}"
     blobs = LocalBlobs(config.out or catalog.attached / "report")
-    run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
-    voice = Voice(LocalBlobs(config.store.root), layout.events(run_id), say)
+    voice = Voice(LocalBlobs(config.store.root), layout.events(new_run()), say)
     sizes = []
 
     def write(key: str, body: bytes) -> None:

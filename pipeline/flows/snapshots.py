@@ -1,6 +1,5 @@
 """Snapshots of a store: list them, and build new ones from partials that are there, without analysing anything."""
 
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +19,7 @@ from pipeline.steps import layout, plan, publish
 from pipeline.steps.cluster import connected
 from pipeline.steps.logits import LOGITS, MOMENTS
 from pipeline.steps.partial import RangeTask
-from pipeline.steps.progress import Voice
+from pipeline.steps.progress import Voice, new_run
 from pipeline.types import HookPoint, SiteKey
 
 
@@ -123,7 +122,7 @@ def build(config: SnapshotsConfig, say: Callable[[str], None] | None = None) -> 
         },
     )
     plan.claim(blobs, settings.catalog.name, identity)
-    voice = Voice(blobs, layout.events(f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"), say)
+    voice = Voice(blobs, layout.events(new_run()), say)
     about = {"catalog": config.into, "workers": config.cluster.num_workers, "address": config.cluster.address}
     with voice.running(about), connected(config.cluster):
         return reduce(chosen, voice, lambda draft, todo: _copy_logits(base, draft, todo))

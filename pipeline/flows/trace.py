@@ -6,7 +6,6 @@ on Ray if asked to, and attaches the result to the catalog.
 
 import hashlib
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,7 @@ from pipeline.io.paths import Paths
 from pipeline.records import canonical
 from pipeline.steps import layout
 from pipeline.steps.cluster import connected, run_tasks
-from pipeline.steps.progress import Voice
+from pipeline.steps.progress import Voice, new_run
 from pipeline.steps.reader import load_saes
 from pipeline.steps.tracing import Probe, SpanProbe, Tracer, TraceSettings, split
 from pipeline.types import HookPoint, SiteKey
@@ -123,9 +122,7 @@ def _traced(
 ) -> tuple[tables.Table, tuple[str, ...]]:
     """The rows of all spans, in the order of `sources.parquet`; and what failed."""
     settings = _settings(config, catalog, {span.site for span in spans})
-    run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    events = layout.events(run_id)
-    voice = Voice(LocalBlobs(config.store.root), events, say)
+    voice = Voice(LocalBlobs(config.store.root), layout.events(new_run()), say)
     tasks = list(_tasks(spans))
     parts, failures = [], []
     with connected(config.cluster), voice.stage("trace", len(tasks), "spans") as stage:

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,12 @@ BEAT_SECONDS = 5.0
 _PLAIN_SECONDS = 15.0
 _FILE_BYTES = 1 << 16
 _URGENT = {"run", "plan", "quarantined", "worker_lost", "worker_refused", "done", "failed"}
+
+
+def new_run() -> str:
+    """A name for a run that begins now: names sort by time (UTC, milliseconds), and no two are alike."""
+    now = time.time()
+    return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}{int(now * 1000) % 1000:03d}-{uuid.uuid4().hex[:6]}"
 
 
 class Voice:
