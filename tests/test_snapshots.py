@@ -191,6 +191,7 @@ def test_shards_without_partials_other_settings_and_unknown_names_are_refused(
         ({"action": "build"}, "needs into"),
         ({"action": "build", "into": "../x"}, "into"),
         ({"action": "build", "into": "x", "weights": {"a": 0}}, "to leave a slice out, drop it"),
+        ({"action": "build", "into": "x", "weights": {"a": 10**9}}, "less than or equal to 1000000"),
         ({"action": "list", "into": "x"}, "into is a key of action=build"),
         ({"action": "build", "into": "x", "against": 2}, "against is a key of action=diff"),
     ],

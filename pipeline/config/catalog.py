@@ -1,7 +1,7 @@
 """Config of the job that lists, builds, compares and compacts snapshots of what is already analysed."""
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -36,7 +36,7 @@ class SnapshotsConfig(TestedSection):
     """build: only shards that were analysed at or after this time (UTC unless it names a zone)."""
     until: datetime | None = None
     """build: only shards that were analysed before this time."""
-    weights: dict[str, PositiveInt] = Field(default={})
+    weights: dict[str, Annotated[int, Field(ge=1, le=1_000_000)]] = Field(default={})
     """build: how often a slice counts in the statistics of the whole, by its exact name; 1 where none is said."""
     into: str | None = Field(default=None, pattern=CatalogConfig.model_fields["name"].metadata[0].pattern)
     """build: the catalog that gets the snapshot."""
