@@ -43,6 +43,8 @@ def text(run: RunStatus, now: float) -> str:
     lines += _shown("slow", [_slow(item) for item in run.stragglers])
     lines += _shown("lost", [_why(item) for item in run.lost])
     lines += _shown("failed", [_why(item) for item in run.failures])
+    if run.num_damaged:
+        lines.append(f"  damaged    {run.num_damaged} lines of its events, or its plan, cannot be read")
     return "\n".join(lines)
 
 

@@ -171,6 +171,23 @@ def test_shards_that_no_event_tells_of_are_counted_by_their_receipts(
     assert look(tmp_path).shards_done < whole.shards_done
 
 
+def test_damaged_lines_of_events_are_counted_and_the_rest_is_told(analyze_config: MakeConfig, tmp_path: Path) -> None:
+    analyze(analyze_config(tmp_path), lambda line: None)
+    (events,) = tmp_path.glob("events/*.jsonl")
+    whole, lines = look(tmp_path), events.read_bytes().splitlines()
+    broken = [b"{oops", b"[]", b'{"at": 1}', b'{"event": "run", "at": 1}', b"\xff\x00", b'{"at": null, "event": "plan"}']
+    events.write_bytes(b"\n".join([lines[0], *broken, *lines[1:]]))
+    cut = look(tmp_path)
+    assert (cut.num_damaged, cut.shards_done, cut.state) == (len(broken), whole.shards_done, "finished")
+    assert "6 lines of its events" in text(cut, time.time())
+    (plan,) = tmp_path.glob("plans/*.json")
+    plan.write_text("{")
+    assert look(tmp_path).num_damaged == len(broken) + 1
+    events.write_bytes(b"\x00" * 100)
+    with pytest.raises(ConfigError, match="tells of no run"):
+        look(tmp_path)
+
+
 def test_full_event_files_are_followed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_FILE_BYTES", 200)
     blobs = LocalBlobs(tmp_path)

@@ -74,6 +74,8 @@ class RunStatus:
     stragglers: tuple[Straggler, ...]
     snapshot: int | None
     """What it published, if anything."""
+    num_damaged: int
+    """Lines of its events, or its plan, that cannot be read: then the numbers above lack something."""
 
     def public(self) -> "RunStatus":
         """Without what may name paths or machines: reasons are the kinds of errors, not their messages."""

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.config.status import StatusConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, CorruptError
 from pipeline.flows.run_status import Reason, RunStatus, State, Straggler
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import Receipt
@@ -71,17 +71,26 @@ class _Told:
         self.workers: set[int] = set()
         self.lost: list[Reason] = []
         self.failures: list[Reason] = []
-        for event in _events(blobs, layout.events(run_id)):
-            self._hear(event)
-        intent = json.loads(blobs.get(layout.run_plan(run_id))) if self.plan else {"left": {}, "measures": []}
-        self.left: dict[str, int] = intent["left"]
-        self._measure_ids: list[str] = intent["measures"]
+        self.num_damaged = 0
+        for line in _lines(blobs, layout.events(run_id)):
+            try:
+                self._hear(json.loads(line))
+            except (ValueError, LookupError, TypeError, AttributeError):
+                self.num_damaged += 1
+        self.left: dict[str, int] = {}
+        self._measure_ids: list[str] = []
+        if self.plan:
+            try:
+                intent = json.loads(blobs.get(layout.run_plan(run_id)))
+                self.left, self._measure_ids = dict(intent["left"]), list(intent["measures"])
+            except (ValueError, LookupError, TypeError, CorruptError):
+                self.num_damaged += 1
 
     def _hear(self, event: dict[str, Any]) -> None:
         self.seen_at = max(self.seen_at, event["at"])
         match event["event"]:
             case "run":
-                self.began = event
+                self.began = {key: event[key] for key in ("at", "catalog", "host", "pid", "workers")}
             case "stage":  # every stage has workers of its own
                 self.stage = event | {"done": 0}
                 self.workers = set()
@@ -170,6 +179,7 @@ class _Told:
             failures=tuple(self.failures),
             stragglers=self._stragglers(running, now),
             snapshot=self.end.get("snapshot"),
+            num_damaged=self.num_damaged,
         )
 
     def _state(self, now: float) -> State:
@@ -223,10 +233,9 @@ def _reason(event: dict[str, Any]) -> Reason:
     )
 
 
-def _events(blobs: LocalBlobs, first: str) -> Iterator[dict[str, Any]]:
+def _lines(blobs: LocalBlobs, first: str) -> Iterator[bytes]:
+    """Of all files of a run's events."""
     number = 0
     while blobs.exists(layout.next_file(first, number)):
-        for line in blobs.get(layout.next_file(first, number)).splitlines():
-            event: dict[str, Any] = json.loads(line)
-            yield event
+        yield from blobs.get(layout.next_file(first, number)).splitlines()
         number += 1
