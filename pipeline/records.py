@@ -3,13 +3,27 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import CorruptError
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @classmethod
+    def read(cls, body: bytes, key: str) -> Self:
+        """The record of a key.
+
+        Raises:
+            CorruptError: if its bytes are none.
+        """
+        try:
+            return cls.model_validate_json(body)
+        except ValidationError as error:
+            raise CorruptError(f"{key} is damaged; jobs.verify names what is, and what mends it") from error
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, one form for one content."""

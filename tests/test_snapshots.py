@@ -277,9 +277,25 @@ def test_a_first_snapshot_and_missing_partials_are_said(root: Path, tmp_path: Pa
         changed(root, tmp_path, "web")
     analyzed(tmp_path, "mine", "web_*")
     analyzed(tmp_path, "mine", "web_*", "prose_*")
+    receipt = next(tmp_path.glob("measures/*/receipts/*"))
+    whole = receipt.read_bytes()
+    receipt.write_text("{")
+    with pytest.raises(CorruptError, match=rf"receipts/{receipt.name} is damaged"):
+        changed(tmp_path, tmp_path / "out", "mine")
+    receipt.write_bytes(whole)
     next(tmp_path.glob("measures/*/partials/*")).unlink()
     with pytest.raises(ConfigError, match="the partials of 1 chosen shards are gone"):
         changed(tmp_path, tmp_path / "out", "mine")
+
+
+@pytest.mark.parametrize("body", ["{", "[]", "{}", "\0"])
+def test_a_damaged_manifest_is_named_and_published_anew(root: Path, body: str) -> None:
+    mine = built(root, "damaged", slices=["notes"])
+    (mine.folder / "manifest.json").write_text(body)
+    with pytest.raises(CorruptError, match=r"catalogs/damaged/00000\d/manifest\.json is (damaged|no manifest)"):
+        Catalog(root, "damaged")
+    again = built(root, "damaged", slices=["notes"])
+    assert (again.number, again.digest) == (mine.number + 1, mine.digest)
 
 
 # --- the command ---

@@ -175,7 +175,14 @@ def test_damaged_lines_of_events_are_counted_and_the_rest_is_told(analyze_config
     analyze(analyze_config(tmp_path), lambda line: None)
     (events,) = tmp_path.glob("events/*.jsonl")
     whole, lines = look(tmp_path), events.read_bytes().splitlines()
-    broken = [b"{oops", b"[]", b'{"at": 1}', b'{"event": "run", "at": 1}', b"\xff\x00", b'{"at": null, "event": "plan"}']
+    broken = [
+        b"{oops",
+        b"[]",
+        b'{"at": 1}',
+        b'{"event": "run", "at": 1}',
+        b"\xff\x00",
+        b'{"at": null, "event": "plan"}',
+    ]
     events.write_bytes(b"\n".join([lines[0], *broken, *lines[1:]]))
     cut = look(tmp_path)
     assert (cut.num_damaged, cut.shards_done, cut.state) == (len(broken), whole.shards_done, "finished")

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from pipeline.compute import due
 from pipeline.config import SweepConfig
 from pipeline.config.sweep import AlertConfig, EntryConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, CorruptError
 from pipeline.flows.sweep import is_due, sweep
 from pipeline.io import tables
 from pipeline.records import Receipt
@@ -148,6 +148,15 @@ def test_entries_that_differ_in_their_saes_share_forward_passes(
         alone = config.model_dump() | {"store": {"root": str(tmp_path / name)}, "only": (name,)}
         (run,) = sweep(SweepConfig.model_validate(alone), MONDAY, said.append)
         assert run.digest == together[name]
+
+
+def test_a_damaged_record_of_the_ledger_is_named(tmp_path: Path, weekly: Callable[..., SweepConfig]) -> None:
+    config = weekly(mine={"every": "1w"})
+    sweep(config, MONDAY, lambda line: None)
+    (record,) = (tmp_path / "store").glob("sweeps/runs/mine/*.json")
+    record.write_text("[")
+    with pytest.raises(CorruptError, match=f"{record.name} is damaged: remove it"):
+        sweep(config, MONDAY, lambda line: None)
 
 
 def test_entries_that_cannot_share_run_each_alone(

@@ -1,6 +1,5 @@
 """Read a catalog: features, spans and statistics of a published snapshot, in memory or by key."""
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +44,7 @@ class Catalog:
         self.number = numbers[-1] if snapshot is None else snapshot
         self.folder = publish.folder_of(blobs, name, self.number)
         self.attached = blobs.path(layout.attached(name, self.number, ""))
-        self.manifest: dict[str, Any] = json.loads(blobs.get(layout.snapshot(name, self.number, "manifest.json")))
+        self.manifest = publish.read_manifest(blobs, name, self.number)
 
     @property
     def digest(self) -> str:

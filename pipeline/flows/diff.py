@@ -138,7 +138,7 @@ def _of_snapshots(old: Catalog, new: Catalog, point: str, sae: str) -> Columns:
 def _sums(blobs: LocalBlobs, measure_id: str, shard_ids: Iterable[str], num_features: int) -> SiteSums:
     """Sums over the documents of some shards."""
     keys = [layout.receipt(measure_id, shard_id) for shard_id in sorted(shard_ids)]
-    receipts = [Receipt.model_validate_json(blobs.get(key)) for key in keys]
+    receipts = [Receipt.read(blobs.get(key), key) for key in keys]
     units = tree.units(tree.Nodes(blobs, measure_id), receipts)
     tree.check_there(blobs, units)
     parts: list[dict[str, np.ndarray]] = []

@@ -9,7 +9,7 @@ from pipeline.config import AnalyzeConfig, VerifyConfig
 from pipeline.errors import CensusError, ConfigError, CorruptError
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import Receipt
-from pipeline.steps import layout, plan, tree
+from pipeline.steps import plan, tree
 from pipeline.steps.prepare import stored_shard_id
 from pipeline.steps.reader import load_saes
 from pipeline.steps.shard import Analyzer
@@ -124,15 +124,15 @@ def _recompute(blobs: LocalBlobs, config: VerifyConfig, mixed: list[str]) -> Ite
     """
     for manifest in sorted(blobs.path("measures").glob("*/manifest.json")):
         measure_id = manifest.parent.name
-        made = json.loads(manifest.read_bytes())
-        receipts = [Receipt.model_validate_json(blobs.get(k)) for k in blobs.list(layout.receipts(measure_id))]
+        receipts = plan.all_receipts(blobs, measure_id)
         receipts.sort(key=lambda r: hashlib.sha256(f"{config.seed}{r.shard.shard_id}".encode()).digest())
-        how = AnalyzeConfig.model_validate(made["config"] | {"store": config.store.model_dump()})
         try:
+            made = json.loads(manifest.read_bytes())
+            how = AnalyzeConfig.model_validate(made["config"] | {"store": config.store.model_dump()})
             site = _site_of(made["fields"]["sae"], how)
             analyzer = Analyzer(how, made["preparation_id"], {site: measure_id}, made["fields"]["numerics"])
-        except CensusError as error:
-            yield f"measures/{measure_id} cannot be recomputed here: {error}"
+        except (CensusError, ValueError, LookupError, TypeError) as error:
+            yield f"measures/{measure_id} cannot be recomputed here: {str(error).splitlines()[0]}"
             continue
         if made["fields"]["numerics"] == plan.MIXED:
             mine = [receipt for receipt in receipts if receipt.ran["numerics"] == analyzer.numerics]

@@ -6,8 +6,9 @@ There is no lock: two ticks at the same time do the same work twice and publish 
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.errors import CorruptError
 from pipeline.io import schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import canonical
@@ -43,8 +44,16 @@ class Ledger:
     def runs(self, entry: str | None = None) -> list[SweepRun]:
         """All runs, or those of one entry, by start."""
         folder = "sweeps/runs" if entry is None else f"sweeps/runs/{entry}"
-        found = [SweepRun.model_validate_json(self._blobs.get(key)) for key in self._blobs.list(folder)]
+        found = [self._read(key) for key in self._blobs.list(folder)]
         return sorted(found, key=lambda run: (run.started_at, run.entry))
+
+    def _read(self, key: str) -> SweepRun:
+        try:
+            return SweepRun.model_validate_json(self._blobs.get(key))
+        except ValidationError as error:
+            raise CorruptError(
+                f"{self._blobs.path(key)} is damaged: remove it, and its run will count as none"
+            ) from error
 
     def add(self, run: SweepRun) -> None:
         """Record a run, and write the table anew."""

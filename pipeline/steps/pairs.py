@@ -31,9 +31,10 @@ class Measured:
         """The receipt of one of its shards.
 
         Raises:
-            CorruptError: if it is missing.
+            CorruptError: if it is missing or damaged.
         """
-        return Receipt.model_validate_json(self.blobs.get(layout.receipt(self.measure_id, shard_id)))
+        key = layout.receipt(self.measure_id, shard_id)
+        return Receipt.read(self.blobs.get(key), key)
 
 
 class _Sums:

@@ -105,7 +105,11 @@ def check_claim(blobs: LocalBlobs, name: str, fields: dict[str, Any]) -> None:
     key = layout.identity(name)
     if not blobs.exists(key):
         return
-    found = differences(json.loads(blobs.get(key)), json.loads(canonical(fields)))
+    try:
+        claimed = dict(json.loads(blobs.get(key)))
+    except (ValueError, TypeError) as error:
+        raise CorruptError(f"{blobs.path(key)} is damaged: remove it and run jobs.analyze as for {name!r}") from error
+    found = differences(claimed, json.loads(canonical(fields)))
     if found:
         what = "; ".join(f"{k} was {there!r}, now {here!r}" for k, (there, here) in found.items())
         raise IdentityError(

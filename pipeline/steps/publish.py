@@ -171,10 +171,7 @@ class Draft:
         content = {"files": files, **facts}
         digest = hashlib.sha256(canonical(content)).hexdigest()
         newest = snapshots(self._blobs, name)[-1:]
-        if (
-            newest
-            and json.loads(self._blobs.get(layout.snapshot(name, newest[0], "manifest.json")))["digest"] == digest
-        ):
+        if newest and self._says(name, newest[0], digest):
             self._point_at(name, newest[0], digest)  # the run that published it may have died before it could
             return newest[0], digest, False
         number = self._reserve(name)
@@ -184,6 +181,13 @@ class Draft:
         self._blobs.put(layout.snapshot(name, number, "manifest.json"), canonical(manifest))
         self._point_at(name, number, digest)
         return number, digest, True
+
+    def _says(self, name: str, number: int, digest: str) -> bool:
+        """Whether a snapshot has a digest; one whose manifest is damaged has none."""
+        try:
+            return bool(read_manifest(self._blobs, name, number)["digest"] == digest)
+        except CorruptError:
+            return False
 
     def _point_at(self, name: str, number: int, digest: str) -> None:
         self._blobs.put(layout.latest(name), canonical({"snapshot": number, "digest": digest}))
@@ -206,6 +210,22 @@ def digests(folder: Path) -> dict[str, dict[str, Any]]:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         files[path.relative_to(folder).as_posix()] = {"sha256": sha256, "num_bytes": path.stat().st_size}
     return files
+
+
+def read_manifest(blobs: LocalBlobs, name: str, number: int) -> dict[str, Any]:
+    """The manifest of a snapshot.
+
+    Raises:
+        CorruptError: if it is no manifest.
+    """
+    key = layout.snapshot(name, number, "manifest.json")
+    try:
+        found = json.loads(blobs.get(key))
+    except ValueError as error:
+        raise CorruptError(f"{key} is damaged: remove its folder and run jobs.analyze again") from error
+    if not isinstance(found, dict) or "digest" not in found:
+        raise CorruptError(f"{key} is no manifest: remove its folder and run jobs.analyze again")
+    return found
 
 
 def facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,8 @@ class StoredCodes:
     def of(self, features: Sequence[int] | None = None) -> Iterator[ShardCodes]:
         """The codes of some features, shard by shard; of all, if none are named."""
         for shard in self._shards:
-            receipt = Receipt.model_validate_json(self._blobs.get(layout.receipt(self._measure_id, shard.shard_id)))
+            key = layout.receipt(self._measure_id, shard.shard_id)
+            receipt = Receipt.read(self._blobs.get(key), key)
             with Pack(self._blobs.path(receipt.partial.key)) as pack:
                 start = pack.read("codes_start")
                 wanted = range(len(start) - 1) if features is None else features
