@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from pipeline.compute.weights import copies, normal
 from pipeline.config import CompareConfig, SideConfig, SnapshotsConfig
-from pipeline.errors import ConfigError, IdentityError
+from pipeline.errors import ConfigError, CorruptError, IdentityError
 from pipeline.flows.analyze import analyze
 from pipeline.flows.catalog import Catalog
 from pipeline.flows.compare import compare
@@ -296,6 +297,7 @@ def test_a_damaged_manifest_is_named_and_published_anew(root: Path, body: str) -
         Catalog(root, "damaged")
     again = built(root, "damaged", slices=["notes"])
     assert (again.number, again.digest) == (mine.number + 1, mine.digest)
+    shutil.rmtree(mine.folder)
 
 
 # --- the command ---
