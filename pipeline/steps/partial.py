@@ -96,11 +96,8 @@ class PartialRange:
         self._pack, self._task = pack, task
         self._salts = np.array([shard_key(shard_id) for shard_id in unit.shards], np.uint64)
 
-    def _read(self, name: str, start: int | None = None, stop: int | None = None) -> np.ndarray:
-        return self._pack.read(name, start, stop)
-
     def _of_range(self, name: str) -> np.ndarray:
-        return self._read(name, self._task.start, self._task.stop)
+        return self._pack.read(name, self._task.start, self._task.stop)
 
     def stats(self) -> FeatureStats:
         """The statistics of the range."""
@@ -112,28 +109,28 @@ class PartialRange:
 
     def codes(self) -> Codes:
         """All codes of the range, features from 0; for partials that keep them."""
-        starts = self._read("codes_start", self._task.start, self._task.stop + 1)
+        starts = self._pack.read("codes_start", self._task.start, self._task.stop + 1)
         first, last = int(starts[0]), int(starts[-1])
         return Codes(
             feature=np.repeat(np.arange(self._task.num_features, dtype=np.int32), np.diff(starts)),
-            row=self._read("codes_row", first, last),
-            position=self._read("codes_position", first, last),
-            value=self._read("codes_value", first, last),
+            row=self._pack.read("codes_row", first, last),
+            position=self._pack.read("codes_position", first, last),
+            value=self._pack.read("codes_value", first, last),
         )
 
     def document_tokens(self) -> Int64[np.ndarray, " M"]:
         """Counted tokens of every document of the shard; for partials that keep codes."""
-        return self._read("document_tokens")
+        return self._pack.read("document_tokens")
 
     def fits(self) -> FitSums:
         """What all features share, whatever the range."""
-        return FitSums(**{name: self._read(name) for name in FitSums.__dataclass_fields__})
+        return FitSums(**{name: self._pack.read(name) for name in FitSums.__dataclass_fields__})
 
     def _shards(self, name: str, start: int, stop: int) -> Int32[np.ndarray, "..."]:
         """The shards of a range of samples; those of a partial are all of its one."""
         if self._pack.has(f"{name}_shard"):
-            return self._read(f"{name}_shard", start, stop)
-        return np.zeros_like(self._read(f"{name}_row", start, stop))
+            return self._pack.read(f"{name}_shard", start, stop)
+        return np.zeros_like(self._pack.read(f"{name}_row", start, stop))
 
     def put_samples(self, samples: Samples, ordinals: Int32[np.ndarray, " S"], seed: int) -> None:
         """Add the samples of the range to `samples`.
@@ -164,7 +161,7 @@ class PartialRange:
                 samples.put_bands(entries)
             else:
                 getattr(samples, name).put(entries)
-        rows = self._read("silent_row")
+        rows = self._pack.read("silent_row")
         shard = self._shards("silent", 0, len(rows))
         nowhere = np.zeros(len(rows), np.int32)
         samples.silent.put(
@@ -182,9 +179,12 @@ class PartialRange:
         self, shards: Int32[np.ndarray, " N"], rows: Int32[np.ndarray, " N"]
     ) -> list[Int64[np.ndarray, " U"]]:
         """Of contexts kept for silence, the features of the range (from 0) that fire in each."""
-        kept = self._read("silent_row")
+        kept = self._pack.read("silent_row")
         places = {key: i for i, key in enumerate(zip(self._shards("silent", 0, len(kept)), kept, strict=True))}
-        start, every = self._read("silent_start"), self._read("silent_feature").astype(np.int64) - self._task.start
+        start, every = (
+            self._pack.read("silent_start"),
+            self._pack.read("silent_feature").astype(np.int64) - self._task.start,
+        )
         found = []
         for key in zip(shards, rows, strict=True):
             feature = every[start[places[key]] : start[places[key] + 1]]
@@ -193,17 +193,17 @@ class PartialRange:
 
     def evidence(self) -> Evidence:
         """The codes that were kept with the samples of the range."""
-        pair_start = self._read("pair_start", self._task.start, self._task.stop + 1)
+        pair_start = self._pack.read("pair_start", self._task.start, self._task.stop + 1)
         first, last = int(pair_start[0]), int(pair_start[-1])
-        code_start = self._read("code_start", first, last + 1)
+        code_start = self._pack.read("code_start", first, last + 1)
         low, high = int(code_start[0]), int(code_start[-1])
         return Evidence(
             pair_feature=np.repeat(np.arange(self._task.num_features), np.diff(pair_start)),
             pair_shard=self._shards("pair", first, last),
-            pair_row=self._read("pair_row", first, last),
+            pair_row=self._pack.read("pair_row", first, last),
             code_start=code_start - low,
-            position=self._read("code_position", low, high),
-            value=self._read("code_value", low, high),
+            position=self._pack.read("code_position", low, high),
+            value=self._pack.read("code_value", low, high),
         )
 
 

@@ -143,8 +143,8 @@ def all_receipts(blobs: LocalBlobs, measure_id: str) -> list[Receipt]:
 
 def _receipt_at(blobs: LocalBlobs, key: str) -> Receipt | None:
     try:
-        receipt = Receipt.model_validate_json(blobs.get(key))
-    except (ValueError, CorruptError):
+        receipt = Receipt.read(blobs.get(key), key)
+    except CorruptError:
         return None
     return receipt if key == layout.receipt(receipt.measure_id, receipt.shard.shard_id) else None
 
@@ -155,12 +155,6 @@ def has_partial(blobs: LocalBlobs, receipt: Receipt) -> bool:
         return blobs.digest(receipt.partial.key) == receipt.partial.sha256
     except CorruptError:
         return False
-
-
-def find_receipt(blobs: LocalBlobs, measure_id: str, shard: ShardRecord) -> Receipt | None:
-    """The receipt of a shard if its partial is sound, else None; for whoever needs the partial itself."""
-    receipt = read_receipt(blobs, measure_id, shard)
-    return receipt if receipt is not None and has_partial(blobs, receipt) else None
 
 
 Receipts = dict[SiteKey, dict[str, Receipt]]

@@ -127,8 +127,8 @@ def check_there(blobs: LocalBlobs, units: Iterable[Unit]) -> None:
 def read_node(blobs: LocalBlobs, key: str) -> Node | None:
     """The node of a record, if it can be read and lies under its own name; its bytes may be damaged or gone."""
     try:
-        node = Node.model_validate_json(blobs.get(key))
-    except (ValueError, CorruptError):
+        node = Node.read(blobs.get(key), key)
+    except CorruptError:
         return None
     return node if key == layout.node(node.measure_id, node.node_id) else None
 
