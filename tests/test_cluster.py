@@ -1,5 +1,6 @@
 """Workers die, hang, raise and lie: every task still comes to exactly one outcome, and the bytes stay the same."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -201,3 +202,20 @@ def test_a_run_whose_driver_was_killed_goes_on_where_it_stopped(
     assert kills > 0
     assert analyze(config).catalog.digest == whole
     assert len(publish.snapshots(LocalBlobs(tmp_path / "cut"), "default")) == 1
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "on_exit"), reason="the C library has no on_exit")
+def test_a_process_that_has_connected_ends_with_its_exit_code_before_anything_can_crash() -> None:
+    """With the nap at the very end, threads that Ray leaves behind meet destroyed objects nearly always."""
+    program = (
+        "import ctypes, sys\n"
+        "from pipeline.config import ClusterConfig\n"
+        "from pipeline.steps.cluster import connected\n"
+        "libc = ctypes.CDLL(None)\n"
+        "libc.on_exit(libc.sleep, None)  # is called last, and sleeps as many seconds as the exit code says\n"
+        "for _ in range(2):\n"
+        "    with connected(ClusterConfig(executor='ray', workers=1, threads_per_worker=1)):\n"
+        "        pass\n"
+        "sys.exit(60)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, check=False).returncode == 60
