@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -88,8 +89,9 @@ _EXAMPLE = {
 }
 
 
-def make_app(config: ServeConfig, discoverer: Discoverer) -> FastAPI:
-    """The application around one loaded discoverer."""
+def make_app(config: ServeConfig, load: Callable[[], Discoverer]) -> FastAPI:
+    """The application around one discoverer, which is loaded now."""
+    queue = _Queue(load, config.limits)
     api = FastAPI(
         title="SAE Census",
         version=version("sae-census"),
@@ -106,12 +108,15 @@ def make_app(config: ServeConfig, discoverer: Discoverer) -> FastAPI:
     def health() -> Health:
         """What is loaded; needs no token."""
         return Health(
-            status="ok", version=version("sae-census"), model_id=discoverer.model_id, saes=discoverer.describe()
+            status="ok",
+            version=version("sae-census"),
+            model_id=queue.discoverer.model_id,
+            saes=queue.discoverer.describe(),
         )
 
     admitted = [Depends(authorised)] if config.token else []
     guarded = APIRouter(prefix="/v1", dependencies=admitted)
-    _offer_discovery(guarded, _Queue(discoverer, config.limits))
+    _offer_discovery(guarded, queue)
     _offer_catalogs(guarded, _Catalogs(config.store.root))
     _offer_status(guarded, config.store.root)
     api.include_router(guarded)
@@ -184,11 +189,17 @@ def _offer_status_page(routes: APIRouter, root: str) -> None:
 
 
 class _Queue:
-    """Runs requests one by one, and refuses those that would wait too long."""
+    """Runs requests one by one, and refuses those that would wait too long.
 
-    def __init__(self, discoverer: Discoverer, limits: LimitsConfig):
-        self._discoverer, self._limits = discoverer, limits
+    The thread that answers has loaded the model, too: PyTorch gives every thread that computes a team of its own, and
+    OpenMP lets teams sleep between operations if there are more members than cores. A request then takes half as long
+    again.
+    """
+
+    def __init__(self, load: Callable[[], Discoverer], limits: LimitsConfig):
+        self._limits = limits
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="discover")
+        self.discoverer = self._pool.submit(load).result()
         self._turn = asyncio.Lock()
         self._admitted = 0
 
@@ -208,7 +219,7 @@ class _Queue:
             self._admitted -= 1
 
     def _answer(self, request: DiscoverRequest) -> Discovery:
-        return self._discoverer.discover(request, time.monotonic() + self._limits.seconds)
+        return self.discoverer.discover(request, time.monotonic() + self._limits.seconds)
 
 
 class _Catalogs:
@@ -253,7 +264,7 @@ def deploy(config: ServeConfig) -> Any:
     from ray import serve
 
     def build() -> FastAPI:
-        return make_app(config, open_discoverer(config))
+        return make_app(config, partial(open_discoverer, config))
 
     @serve.deployment(num_replicas=config.replicas, ray_actor_options={"num_cpus": config.threads})
     @serve.ingress(build)
@@ -273,7 +284,8 @@ def job(config: ServeConfig) -> int:
         serve.start(http_options={"host": config.host, "port": config.port})
         serve.run(deploy(config), blocking=True)
         return _main.DONE
-    uvicorn.run(make_app(config, open_discoverer(config)), host=config.host, port=config.port, log_level="warning")
+    app = make_app(config, partial(open_discoverer, config))
+    uvicorn.run(app, host=config.host, port=config.port, log_level="warning")
     return _main.DONE
 
 

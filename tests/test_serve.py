@@ -56,7 +56,7 @@ def discoverer(config: ServeConfig) -> Discoverer:
 
 @pytest.fixture(scope="module")
 def app(config: ServeConfig, discoverer: Discoverer) -> FastAPI:
-    return make_app(config, discoverer)
+    return make_app(config, lambda: discoverer)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def client(app: FastAPI) -> Iterator[TestClient]:
 
 def limited(config: ServeConfig, discoverer: Any, **limits: Any) -> TestClient:
     changed = ServeConfig.model_validate(config.model_dump() | {"limits": limits})
-    return TestClient(make_app(changed, discoverer), base_url=HOME, raise_server_exceptions=False)
+    return TestClient(make_app(changed, lambda: discoverer), base_url=HOME, raise_server_exceptions=False)
 
 
 def assert_problem(answer: httpx.Response, code: int, field: str | None, config: ServeConfig) -> str:
@@ -161,7 +161,9 @@ def test_a_large_body_is_refused(told, config, discoverer):
 
 def test_a_body_is_refused_before_it_is_whole(config, discoverer):
     """No more is read than what proves that the body is too large."""
-    app = make_app(ServeConfig.model_validate(config.model_dump() | {"limits": {"body_bytes": 1000}}), discoverer)
+    app = make_app(
+        ServeConfig.model_validate(config.model_dump() | {"limits": {"body_bytes": 1000}}), lambda: discoverer
+    )
     taken, sent = [], []
 
     async def receive() -> dict[str, Any]:
@@ -261,7 +263,9 @@ def test_many_at_once_get_the_answers_that_they_would_get_alone(app, client):
 
 def test_a_token_guards_all_but_health(config, discoverer):
     guarded = ServeConfig.model_validate(config.model_dump() | {"token": "long enough", "host": "0.0.0.0"})
-    client = TestClient(make_app(guarded, discoverer), base_url="http://anywhere", raise_server_exceptions=False)
+    client = TestClient(
+        make_app(guarded, lambda: discoverer), base_url="http://anywhere", raise_server_exceptions=False
+    )
     for method, url in (("POST", URL), ("GET", "/v1/catalogs"), ("GET", "/v1/catalogs/default/features"),
                         ("GET", "/v1/catalogs/default/search?q=a"),
                         ("GET", "/v1/catalogs/default/features/blocks.0.hook_resid_post/early/3")):  # fmt: skip
@@ -417,7 +421,9 @@ OPERATIONS = [
 def schema(config: ServeConfig, discoverer: Discoverer) -> Any:
     """Of a server with a token, so that what is said of tokens is tried, too."""
     fields = config.model_dump() | {"token": "long enough", "host": "0.0.0.0"}
-    return schemathesis.openapi.from_asgi("/openapi.json", make_app(ServeConfig.model_validate(fields), discoverer))
+    return schemathesis.openapi.from_asgi(
+        "/openapi.json", make_app(ServeConfig.model_validate(fields), lambda: discoverer)
+    )
 
 
 @pytest.mark.parametrize("field", ["first_positions", "seed", "top_p"])
