@@ -22,6 +22,7 @@ import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ConfigDict, Field
 
 from jobs import _main
@@ -92,7 +93,8 @@ _EXAMPLE = {
 def make_app(config: ServeConfig, load: Callable[[], Discoverer]) -> FastAPI:
     """The application around one discoverer, which is loaded now."""
     queue = _Queue(load, config.limits)
-    api = FastAPI(
+    api = FastAPIOffline(
+        redoc_url=None,
         title="SAE Census",
         version=version("sae-census"),
         description="Which features of sparse autoencoders does a text use, and what is known of them?",

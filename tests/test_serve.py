@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -424,6 +425,12 @@ def schema(config: ServeConfig, discoverer: Discoverer) -> Any:
     return schemathesis.openapi.from_asgi(
         "/openapi.json", make_app(ServeConfig.model_validate(fields), lambda: discoverer)
     )
+
+
+def test_the_page_of_all_routes_needs_no_other_server(client):
+    needs = re.findall(r'(?:src|href)="([^"]+)"', client.get("/docs").text)
+    assert len(needs) == 3  # script, style, icon
+    assert [client.get(url).status_code for url in needs if url.startswith("/")] == [200] * len(needs)
 
 
 @pytest.mark.parametrize("field", ["first_positions", "seed", "top_p"])
