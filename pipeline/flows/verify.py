@@ -92,7 +92,7 @@ def _receipts(blobs: LocalBlobs) -> Iterator[str]:
             is_pruned = receipt.shard.shard_id in covered[measure_id] and not blobs.exists(receipt.partial.key)
             sound = is_pruned or blobs.digest(receipt.partial.key) == receipt.partial.sha256
         except (ValueError, CorruptError) as error:
-            yield f"{key} cannot be trusted ({str(error).splitlines()[0]}): jobs.analyze will recompute its shard"
+            yield f"{key} cannot be trusted ({_first_line(error)}): jobs.analyze will recompute its shard"
             continue
         yield (
             "" if sound else f"{receipt.partial.key} is damaged: jobs.analyze will recompute {receipt.shard.shard_id}"
@@ -132,7 +132,7 @@ def _recompute(blobs: LocalBlobs, config: VerifyConfig, mixed: list[str]) -> Ite
             site = _site_of(made["fields"]["sae"], how)
             analyzer = Analyzer(how, made["preparation_id"], {site: measure_id}, made["fields"]["numerics"])
         except (CensusError, ValueError, LookupError, TypeError) as error:
-            yield f"measures/{measure_id} cannot be recomputed here: {str(error).splitlines()[0]}"
+            yield f"measures/{measure_id} cannot be recomputed here: {_first_line(error)}"
             continue
         if made["fields"]["numerics"] == plan.MIXED:
             mine = [receipt for receipt in receipts if receipt.ran["numerics"] == analyzer.numerics]
@@ -156,3 +156,8 @@ def _site_of(sae: dict[str, str], how: AnalyzeConfig) -> SiteKey:
         if {"hook_point": str(site.hook_point), "digest": loaded.digest} == sae:
             return site
     raise ConfigError(f"its SAE at {sae['hook_point']} is no longer where its config names it")
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says at first; its kind if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -181,10 +181,8 @@ class PartialRange:
         """Of contexts kept for silence, the features of the range (from 0) that fire in each."""
         kept = self._pack.read("silent_row")
         places = {key: i for i, key in enumerate(zip(self._shards("silent", 0, len(kept)), kept, strict=True))}
-        start, every = (
-            self._pack.read("silent_start"),
-            self._pack.read("silent_feature").astype(np.int64) - self._task.start,
-        )
+        start = self._pack.read("silent_start")
+        every = self._pack.read("silent_feature").astype(np.int64) - self._task.start
         found = []
         for key in zip(shards, rows, strict=True):
             feature = every[start[places[key]] : start[places[key] + 1]]

@@ -181,8 +181,9 @@ class Stage:
 
     def _note(self) -> str:
         rate = self._amount / max(self.seconds, 1e-9)
+        digits = ",.0f" if rate >= 10 else ".2g"
         parts: Iterable[str] = (
-            f"{f'{rate:,.0f}' if rate >= 10 else f'{rate:.2g}'} {self._unit}/s" if self._amount else "",
+            f"{rate:{digits}} {self._unit}/s" if self._amount else "",
             f"{self._voice.retries} retries" if self._voice.retries else "",
             f"{self._voice.quarantined} quarantined" if self._voice.quarantined else "",
         )
