@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.io import embedded
-from pipeline.io.model import LanguageModel, Tokenizer
+from pipeline.io.model import LanguageModel
+from pipeline.io.tokenizer import Tokenizer
 from pipeline.types import HookPoint
 
 PACKAGES = (

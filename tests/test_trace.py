@@ -660,7 +660,7 @@ def test_text_of_a_corpus_cannot_become_markup() -> None:
 
 
 def test_the_page_of_the_job_shows_tokens_as_text(store: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from pipeline.io.model import Tokenizer
+    from pipeline.io.tokenizer import Tokenizer
 
     monkeypatch.setattr(Tokenizer, "tokens", lambda self, ids: ["<script>" for _ in ids])
     trace(config(store, best=1, spans=1, out=str(tmp_path)), quiet)

@@ -21,7 +21,8 @@ from pipeline.flows.choice import chosen_features
 from pipeline.io import schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device
-from pipeline.io.model import Tokenizer, model_facts
+from pipeline.io.model import model_facts
+from pipeline.io.tokenizer import Tokenizer
 from pipeline.steps import layout
 from pipeline.steps.ablation import Ablation, AblationTask, Ablator, SpanAddress
 from pipeline.steps.cluster import run_tasks

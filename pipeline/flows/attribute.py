@@ -18,7 +18,8 @@ from pipeline.flows.catalog import Catalog
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.hooks import check_point
-from pipeline.io.model import Tokenizer, model_facts
+from pipeline.io.model import model_facts
+from pipeline.io.tokenizer import Tokenizer
 from pipeline.records import canonical
 from pipeline.steps import layout, publish, ranges
 from pipeline.steps.cluster import run_tasks

@@ -11,7 +11,8 @@ from pipeline.io.checkpoints import LoadedSae
 from pipeline.io.corpus import Source, find_sources
 from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.hooks import check_point
-from pipeline.io.model import ModelFacts, Tokenizer, model_facts
+from pipeline.io.model import ModelFacts, model_facts
+from pipeline.io.tokenizer import Tokenizer
 from pipeline.records import Receipt, canonical, digest_of
 from pipeline.steps import plan
 from pipeline.steps.logits import check_request

@@ -15,7 +15,7 @@ from pipeline.flows.interpretable import InterpretableModel
 from pipeline.io import device
 from pipeline.io.attachment import SteeredPositions
 from pipeline.io.device import choose_device
-from pipeline.io.model import Tokenizer
+from pipeline.io.tokenizer import Tokenizer
 from pipeline.steps.reader import Reader
 from pipeline.types import HookPoint, SiteKey
 

@@ -5,7 +5,7 @@ import numpy as np
 from pipeline.compute import labels
 from pipeline.compute.words import SpanTokens
 from pipeline.io import tables
-from pipeline.io.model import Tokenizer
+from pipeline.io.tokenizer import Tokenizer
 from pipeline.steps.spans import SpanAddresses, take_ranges
 
 

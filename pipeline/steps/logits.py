@@ -14,7 +14,8 @@ from pipeline.errors import ConfigError
 from pipeline.io import device, schemas, tables
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.io.device import choose_device, choose_dtype
-from pipeline.io.model import LanguageModel, Tokenizer
+from pipeline.io.model import LanguageModel
+from pipeline.io.tokenizer import Tokenizer
 from pipeline.io.unembedding import check_path, read_unembedding, read_writing
 from pipeline.steps import ranges
 from pipeline.steps.partial import RangeTask

@@ -17,8 +17,8 @@ from pipeline.errors import CorruptError
 from pipeline.io import schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.corpus import BadRecord, Document, Source, read
-from pipeline.io.model import Tokenizer
 from pipeline.io.rows import ReadSettings
+from pipeline.io.tokenizer import Tokenizer
 from pipeline.records import ShardRecord, SourceRecord, digest_of
 from pipeline.steps import layout
 

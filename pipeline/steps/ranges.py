@@ -20,8 +20,8 @@ from pipeline.config import ModelConfig, SamplingConfig
 from pipeline.errors import CorruptError
 from pipeline.io import tables
 from pipeline.io.blobs import LocalBlobs
-from pipeline.io.model import Tokenizer
 from pipeline.io.store import FEATURE_CHUNK
+from pipeline.io.tokenizer import Tokenizer
 from pipeline.steps import labels, layout
 from pipeline.steps.columns import feature_columns, slice_arrays, slice_rows
 from pipeline.steps.partial import RangeTask, Unit

@@ -8,7 +8,8 @@ from pipeline.config import ModelConfig, SaeConfig
 from pipeline.errors import ConfigError
 from pipeline.io.checkpoints import LoadedSae, load_sae
 from pipeline.io.device import choose_device, choose_dtype
-from pipeline.io.model import LanguageModel, Tokenizer
+from pipeline.io.model import LanguageModel
+from pipeline.io.tokenizer import Tokenizer
 from pipeline.types import HookPoint, SiteKey
 
 

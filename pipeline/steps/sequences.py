@@ -6,7 +6,7 @@ from typing import Literal
 
 from pipeline.config import DiscoverRequest
 from pipeline.errors import ConfigError, RequestError
-from pipeline.io.model import Tokenizer
+from pipeline.io.tokenizer import Tokenizer
 
 Mode = Literal["text", "prompt", "prompt+gen"]
 

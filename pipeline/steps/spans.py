@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float32, Int32, Int64
 
 from pipeline.io import schemas, tables
 from pipeline.io.blobs import LocalBlobs
-from pipeline.io.model import Tokenizer
+from pipeline.io.tokenizer import Tokenizer
 from pipeline.steps import layout
 
 _NEAR = (8, 4)

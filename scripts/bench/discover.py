@@ -28,7 +28,7 @@ from rich.table import Table
 from pipeline.config import DiscoverRequest, DiscoveryConfig
 from pipeline.flows.discover import open_discoverer
 from pipeline.io import device, embedded
-from pipeline.io.model import Tokenizer
+from pipeline.io.tokenizer import Tokenizer
 from pipeline.steps.reader import Reader
 
 ASK = {"generate": False, "token_filter": "none", "min_coverage_pct": 0.05}

@@ -1,0 +1,108 @@
+"""What a model id names: a hub id, a directory, or a GGUF file, and the content that identifies it.
+
+A GGUF file is converted once into a directory of safetensors in the cache, so that every later load is a
+memory map. No pickle is loaded and no remote code runs unless `trust_remote_code` says so.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from logging import ERROR, getLogger
+from pathlib import Path
+
+import torch
+
+from pipeline.errors import CheckpointError
+from pipeline.io import embedded
+
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def _quiet() -> None:
+    """Transformers draws bars and advice on stderr; ours is the only voice of a job."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    getLogger("huggingface_hub").setLevel(ERROR)
+
+
+def _sha256(paths: Iterable[Path]) -> str:
+    whole = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            whole.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def _convert_gguf(path: Path) -> Path:
+    """The cached safetensors directory of a GGUF file; made at the first call, named by the file's digest."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"{path} is not a GGUF file: it does not begin with the bytes 'GGUF'")
+    target = embedded.cache_dir() / "models" / _sha256([path])[:16]
+    if (target / "config.json").exists():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        with contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        # The loader leaves the quantisation's description in the config, and then refuses to save itself.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer = None
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        draft.replace(target)
+    except Exception as error:  # parsers, disks and the rename each have errors of their own
+        if not target.exists():  # another process may have finished the same conversion first
+            raise CheckpointError(f"{path} could not be converted from GGUF: {first_line(error)}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return target
+
+
+def resolve(model_id: str, revision: str | None) -> Path | str:
+    """What `from_pretrained` should load: a local directory, or the hub id itself.
+
+    Raises:
+        CheckpointError: if a local path does not hold a model.
+    """
+    _quiet()
+    if model_id.startswith(embedded.PREFIX):
+        return _convert_gguf(embedded.model_path())
+    path = Path(model_id).expanduser()
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return _convert_gguf(path)
+        raise CheckpointError(f"model.id {model_id} is a file; expected a GGUF file, a directory or a hub id")
+    if not path.is_dir():
+        if path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 1:
+            raise CheckpointError(f"model.id {model_id} does not exist; expected a directory, a GGUF file or a hub id")
+        return model_id
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"model directory {model_id} has no config.json; is it a saved model?")
+    if not any(next(path.glob(pattern), None) for pattern in WEIGHT_PATTERNS):
+        raise CheckpointError(
+            f"model directory {model_id} has no weights; expected model.safetensors (or pytorch_model.bin) "
+            "beside config.json"
+        )
+    return path
+
+
+def digest(source: Path | str, patterns: Sequence[str], commit: str | None) -> str:
+    """Identity by content for a directory, by commit for a hub id."""
+    if isinstance(source, Path):
+        return _sha256(sorted({p for pattern in patterns for p in source.glob(pattern)}))
+    return hashlib.sha256(f"{source}@{commit}".encode()).hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    """What an error says at first; its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
