@@ -24,6 +24,11 @@ def printable(text: str) -> str:
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text)
 
 
+def correlation(value: float | None) -> str:
+    """A rank correlation in words; one that is undefined says so."""
+    return "undefined (one side is constant)" if value is None else f"{value:.3f}"
+
+
 def highlighted(span: dict[str, Any], width: int = _SPAN_WIDTH) -> Text:
     """About `width` characters of a span of a catalog, two thirds before its peak token, which is marked."""
     return marked(span["tokens"], int(span["position"]) - int(span["start"]), width)

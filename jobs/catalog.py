@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs import _main
-from jobs._show import console, highlighted, printable
+from jobs._show import console, correlation, highlighted, printable
 from pipeline.config import SnapshotsConfig
 from pipeline.errors import ConfigError
 from pipeline.flows.catalog import Catalog
@@ -94,7 +94,7 @@ def _show(found: Difference, config: SnapshotsConfig) -> None:
         known = None not in fits.values()
         fit = f"; fraction of variance unexplained {fits['old']:.3f} -> {fits['new']:.3f}" if known else ""
         lines.append(
-            f"ranking   {name}: by {verdict['ranking']}: rank correlation {verdict['rank_correlation']:.3f}, "
+            f"ranking   {name}: by {verdict['ranking']}: rank correlation {correlation(verdict['rank_correlation'])}, "
             f"overlap {overlap}{fit}"
         )
     screen.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs import _main
-from jobs._show import console, highlighted
+from jobs._show import console, correlation, highlighted
 from pipeline.config import CompareConfig
 from pipeline.flows.compare import Comparison, compare
 from pipeline.flows.sides import Side
@@ -99,17 +99,16 @@ def _drift(summary: dict[str, Any]) -> list[str]:
         known = None not in fvu.values()
         fit = f"fraction of variance unexplained {fvu['a']:.3f} -> {fvu['b']:.3f}, " if known else ""
         lines.append(f"fit       {site}: {fit}codes a token {l0['a']:.1f} -> {l0['b']:.1f}")
-        moved = report["histogram_distance"]
-        if moved["median"] is not None:
+        bins = report["histogram_distance"]
+        if bins["median"] is not None:
             lines.append(
-                f"codes     {site}: the share of firing codes in other bins is {moved['median']:.1%} for half of the "
-                f"features, {moved['p95']:.1%} for 95 % of them"
+                f"codes     {site}: the share of firing codes in other bins is {bins['median']:.1%} for half of the "
+                f"features, {bins['p95']:.1%} for 95 % of them"
             )
         for name, ranking in report["rankings"].items():
             overlap = ", ".join(f"@{n} {share:.0%}" for n, share in ranking["overlap"].items())
-            lines.append(
-                f"ranking   {site}: by {name}: rank correlation {ranking['rank_correlation']:.3f}, overlap {overlap}"
-            )
+            moved = correlation(ranking["rank_correlation"])
+            lines.append(f"ranking   {site}: by {name}: rank correlation {moved}, overlap {overlap}")
     return lines
 
 

@@ -27,11 +27,11 @@ def _shares(histogram: Int64[np.ndarray, "F H"]) -> Float64[np.ndarray, "F H"]:
     return np.asarray(np.divide(histogram, count, out=np.full(histogram.shape, np.nan), where=count > 0))
 
 
-def rank_correlation(a: Float64[np.ndarray, " F"], b: Float64[np.ndarray, " F"]) -> float:
-    """Spearman's: the correlation of ranks, ties sharing their mean rank; NaN where one side is constant."""
+def rank_correlation(a: Float64[np.ndarray, " F"], b: Float64[np.ndarray, " F"]) -> float | None:
+    """Spearman's: the correlation of ranks, ties sharing their mean rank; None where a side is constant or empty."""
     x, y = (rankdata(scores) - (len(scores) + 1) / 2 for scores in (a, b))
     norm = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / norm if norm else float("nan")
+    return float(x @ y) / norm if norm else None
 
 
 def overlap(a: Float64[np.ndarray, " F"], b: Float64[np.ndarray, " F"], sizes: Sequence[int]) -> dict[int, float]:

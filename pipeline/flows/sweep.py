@@ -5,7 +5,6 @@ a failed run does not count, so the next tick tries again. Entries of one store 
 in their SAEs alone share the forward passes.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -186,12 +185,12 @@ def drift(old: Catalog, new: Catalog) -> dict[str, float]:
         point, sae = site.rsplit("/", 1)
         for name, value in _site_drift(old, new, point, sae).items():
             low = name in ("rank_correlation", "overlap_100")
-            if not math.isnan(value):
+            if value is not None:
                 worst[name] = min(worst.get(name, value), value) if low else max(worst.get(name, value), value)
     return worst
 
 
-def _site_drift(old: Catalog, new: Catalog, point: str, sae: str) -> dict[str, float]:
+def _site_drift(old: Catalog, new: Catalog, point: str, sae: str) -> dict[str, float | None]:
     columns = ("score", "frequency", "dead")
     a, b = ({c: np.asarray(t.of_sae(point, sae)[c]) for c in columns} for t in (old, new))
     alive = ~a["dead"] & ~b["dead"]
@@ -201,8 +200,8 @@ def _site_drift(old: Catalog, new: Catalog, point: str, sae: str) -> dict[str, f
         "rank_correlation": rank_correlation(a["score"], b["score"]),
         "overlap_100": overlap(a["score"], b["score"], [min(_BEST, len(a["score"]))])[min(_BEST, len(a["score"]))],
         "dead_share_change": float(b["dead"].mean() - a["dead"].mean()),
-        "frequency_shift": float(np.median(shift)) if len(shift) else math.nan,
-        "fvu_change": math.nan if None in fits else fits[1] - fits[0],
+        "frequency_shift": float(np.median(shift)) if len(shift) else None,
+        "fvu_change": None if None in fits else fits[1] - fits[0],
     }
 
 
