@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,8 +16,8 @@ from jobs import _main
 from jobs._show import console, marked, printable
 from pipeline.config import ClusterConfig, DiscoverRequest, DiscoveryConfig, ModelConfig
 from pipeline.errors import ConfigError
-from pipeline.findings import Discovery
-from pipeline.flows.discover import discover, discover_batch
+from pipeline.findings import Discovery, MeasuredFeature
+from pipeline.flows.discover import PASSED_OVER, discover, discover_batch
 from pipeline.flows.rank_drift import rank_drift
 from pipeline.io import answers
 from pipeline.steps.sae_map import saes_named
@@ -40,9 +40,7 @@ def main() -> None:
 def _run() -> int:
     given = vars(_parser().parse_args())
     if given["compare"]:
-        drift = rank_drift(*map(Path, given["compare"]))
-        print(json.dumps(asdict(drift), indent=1))
-        return _main.DONE
+        return _compare(given)
     out = Path(given["out"]) if given["out"] else None
     if out is not None:
         answers.check_suffix(out)
@@ -51,6 +49,8 @@ def _run() -> int:
     request["sae_id"] = config.sae_id
     if given["prompts_file"]:
         return _batch(given, config, request, out)
+    if given["workers"] is not None:
+        raise ConfigError("--workers share out a --prompts_file; leave it out for one prompt")
     try:
         answer = discover(config, DiscoverRequest.model_validate(request))
     except pydantic.ValidationError as error:
@@ -61,7 +61,18 @@ def _run() -> int:
         answers.write(out, [answer.model_dump()], many=False)
         for note in answer.analyzed.notes:
             print(f"note: {note}", file=sys.stderr)
-        print(f"{len(answer.features)} features written to {out}", file=sys.stderr)
+        not_ranked = f", {len(answer.below_gate)} below a gate" if out.suffix in (".json", ".jsonl") else ""
+        print(f"{len(answer.features)} features{not_ranked} written to {out}", file=sys.stderr)
+    return _main.DONE
+
+
+def _compare(given: dict[str, Any]) -> int:
+    if others := [name for name, value in given.items() if name != "compare" and value is not None]:
+        raise ConfigError(f"--compare reads two answer files and nothing else; leave out --{', --'.join(others)}")
+    drift = rank_drift(*map(Path, given["compare"]))
+    print(json.dumps(asdict(drift), indent=1, allow_nan=False))
+    for note in drift.notes:
+        print(f"note: {note}", file=sys.stderr)
     return _main.DONE
 
 
@@ -83,54 +94,51 @@ def _batch(given: dict[str, Any], config: DiscoveryConfig, request: dict[str, An
     if "prompt" in request or "text" in request:
         raise ConfigError("give --prompts_file, or --prompt, or --text: one of them")
     try:
-        cluster = ClusterConfig(workers=given["workers"], threads_per_worker=config.threads)
+        cluster = ClusterConfig(
+            workers=1 if given["workers"] is None else given["workers"], threads_per_worker=config.threads
+        )
     except pydantic.ValidationError as error:
         raise ConfigError(_main.sentence(ClusterConfig, error)) from error
     report = discover_batch(config, request, Path(given["prompts_file"]), out, cluster)
-    num_errors = 0
+    num_errors = num_passed_over = 0
 
     def counted() -> Iterator[dict[str, Any]]:
-        nonlocal num_errors
+        nonlocal num_errors, num_passed_over
         for record in report.records():
             num_errors += "error" in record
+            notes = record.get("analyzed", {}).get("notes", ())
+            num_passed_over += any(note.startswith(PASSED_OVER) for note in notes)
             yield record
 
     answers.write(out, counted(), many=True)
     report.remove()
     resumed = f", {report.num_resumed} of them by an earlier run" if report.num_resumed else ""
     print(
-        f"{report.num_lines} prompts{resumed} in {report.seconds:.1f} s "
-        f"({(report.num_lines - report.num_resumed) / report.seconds:.1f} prompts/s), {num_errors} errors; "
+        f"{report.num_prompts} prompts{resumed} in {report.seconds:.1f} s "
+        f"({(report.num_prompts - report.num_resumed) / report.seconds:.1f} prompts/s), {num_errors} errors; "
         f"written to {out}",
         file=sys.stderr,
     )
-    return _main.PARTLY if num_errors == report.num_lines else _main.DONE
+    if num_passed_over:
+        print(
+            f"{num_passed_over} lines have keys that are no options; the notes of their answers name them",
+            file=sys.stderr,
+        )
+    if report.num_blank:
+        print(f"{report.num_blank} blank lines passed over", file=sys.stderr)
+    return _main.PARTLY if num_errors == report.num_prompts else _main.DONE
 
 
 def show(answer: Discovery) -> None:
     """Print an answer for people."""
     screen = console()
     analyzed = answer.analyzed
-    table = Table(title=f"{analyzed.mode} by {analyzed.score_mode}", title_justify="left")
-    for name, width in (("rank", 4), ("feature", 20), ("score", 8), ("coverage", 8), ("max", 6), ("pctl", 4)):
-        table.add_column(name, justify="right", no_wrap=True, min_width=width)
-    labelled = any(feature.proto_label for feature in answer.features)
-    if labelled:
-        table.add_column("label", no_wrap=True, width=_LABEL_WIDTH)
-    table.add_column("strongest span", no_wrap=True)
-    for feature in answer.features:
-        cells = [f"{feature.rank}", f"{feature.layer}/{feature.stream}/{feature.feature_id}", f"{feature.score:.4g}"]
-        cells += [f"{feature.scores.coverage:.0%}", f"{feature.scores.max:.4g}"]
-        share = feature.catalog.percentile if feature.catalog else None
-        cells.append("" if share is None else f"{share:.0%}")
-        if labelled:
-            cells.append(printable(feature.proto_label or ""))
-        spans = feature.top_spans[:1]
-        text = (
-            marked(spans[0].tokens, spans[0].peak - spans[0].position[0], 22 if labelled else 50) if spans else Text()
-        )
-        table.add_row(*map(Text, cells), text)
-    screen.print(table)
+    title = f"{analyzed.mode} by {analyzed.score_mode}"
+    screen.print(_table(title, [(f"{feature.rank}", feature) for feature in answer.features]))
+    if answer.below_gate:
+        gates = {"min_coverage_pct": "low", "return_top_x": "cut", "silent": "-"}
+        below = [(gates[feature.gate], feature) for feature in answer.below_gate]
+        screen.print(_table(f"not ranked (low: coverage below {analyzed.min_coverage:g})", below))
     if analyzed.tokens_generated:
         screen.print(Text(f"continuation ({analyzed.generation}): {printable(analyzed.text)[-400:]}"))
     screen.print(
@@ -142,20 +150,45 @@ def show(answer: Discovery) -> None:
         screen.print(Text(f"note: {note}"))
 
 
+def _table(title: str, rows: Sequence[tuple[str, MeasuredFeature]]) -> Table:
+    """Features, each with its rank or the gate that kept it out."""
+    table = Table(title=title, title_justify="left")
+    for name, width in (("rank", 4), ("feature", 20), ("score", 8), ("coverage", 8), ("max", 6), ("pctl", 4)):
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
+    labelled = any(feature.proto_label for _, feature in rows)
+    if labelled:
+        table.add_column("label", no_wrap=True, width=_LABEL_WIDTH)
+    table.add_column("strongest span", no_wrap=True)
+    for rank, feature in rows:
+        cells = [rank, f"{feature.layer}/{feature.stream}/{feature.feature_id}", f"{feature.score:.4g}"]
+        cells += [f"{feature.scores.coverage:.0%}", f"{feature.scores.max:.4g}"]
+        share = feature.catalog.percentile if feature.catalog else None
+        cells.append("" if share is None else f"{share:.0%}")
+        if labelled:
+            cells.append(printable(feature.proto_label or ""))
+        spans = feature.top_spans[:1]
+        text = (
+            marked(spans[0].tokens, spans[0].peak - spans[0].position[0], 22 if labelled else 50) if spans else Text()
+        )
+        table.add_row(*map(Text, cells), text)
+    return table
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sae-discover", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", help="hub id, directory or GGUF file; default: the embedded model")
     parser.add_argument("--revision", help="of a model on the hub")
     parser.add_argument("--sae", help="directory, hub id, folder of SAEs, or YAML mapping '22/resid_pre: path'")
     parser.add_argument(
-        "--prompts_file", help="JSON lines: {'prompt': …}, {'text': …} or strings, with an id if you like"
+        "--prompts_file",
+        help="JSON lines: {'prompt': …}, {'text': …} or strings, with an id and options of their own if you like",
     )
     parser.add_argument("--out", help=f"file to write: {', '.join(answers.SUFFIXES)}; default: a table on the terminal")
     for name in ("catalog", "labels", "cache_mb", "threads", "max_tokens"):
         field = DiscoveryConfig.model_fields[name]
         kind: Any = str if name in ("catalog", "labels") else int
         parser.add_argument(f"--{name}", type=kind, help=_help(field))
-    parser.add_argument("--workers", type=int, default=1, help="of a batch, on Ray if more than one")
+    parser.add_argument("--workers", type=int, help="of a --prompts_file, on Ray if more than one [1]")
     parser.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="two answer files for the same prompts: rank drift"
     )

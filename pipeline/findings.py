@@ -56,16 +56,14 @@ class AgainstCatalog(_Finding):
     """95 % interval, tokens taken as independent."""
 
 
-class FoundFeature(_Finding):
-    """One feature of the ranking."""
+class MeasuredFeature(_Finding):
+    """One feature with what was measured of it, and the evidence."""
 
     feature_id: int
     layer: int
     stream: Stream
     hook_point: str
     sae: str
-    rank: int
-    """From 1; by itself for each hook point unless the layers are merged."""
     score: float
     scores: Scores
     tau: float
@@ -73,6 +71,21 @@ class FoundFeature(_Finding):
     label_source: Literal["table", "catalog", "proto"] | None
     catalog: AgainstCatalog | None
     top_spans: list[Span]
+
+
+class FoundFeature(MeasuredFeature):
+    """One feature of the ranking."""
+
+    rank: int
+    """From 1; by itself for each hook point unless the layers are merged."""
+
+
+class GatedFeature(MeasuredFeature):
+    """A feature that the ranking leaves out, and the gate that kept it out."""
+
+    gate: Literal["min_coverage_pct", "return_top_x", "silent"]
+    """min_coverage_pct: its coverage is too small; return_top_x: others filled the ranking; silent: it fires on no
+    kept token, and its score is 0."""
 
 
 class UsedSae(_Finding):
@@ -98,9 +111,12 @@ class Analyzed(_Finding):
     layers: list[int]
     streams: list[Stream]
     saes: list[UsedSae]
+    given: str
+    """The text or prompt as it was asked for: before a chat template, truncation and the continuation."""
     text: str
     """All of it: what positions refer to."""
     token_filter: Literal["entropy", "norm", "none"]
+    topk_tokens_per_seq: int
     first_positions: int
     """Of which no token is kept."""
     max_norm_ratio: float | None
@@ -110,12 +126,18 @@ class Analyzed(_Finding):
     selectivity_background: str
     """What selectivity subtracts."""
     score_mode: str
+    normalize: str
+    merge_across_layers: bool
+    return_top_x: int
     min_coverage: float
     """A fraction, as coverage."""
     features_scored: int
     """That fire on a kept token."""
     features_gated: int
     """Of these, below min_coverage."""
+    passing_min_coverage: float | None
+    """The greatest min_coverage_pct that leaves no place empty that a feature could fill; null if min_coverage leaves
+    none."""
     generation: str | None
     """How the continuation was made."""
     chat_template: bool
@@ -135,3 +157,6 @@ class Discovery(_Finding):
     sae_id: str
     analyzed: Analyzed
     features: list[FoundFeature]
+    below_gate: list[GatedFeature]
+    """With restrict_features: every feature of the list, at every hook point, that is not in `features`. Without:
+    the best of those below min_coverage_pct, as many as the ranking lacks. By score, as the ranking."""

@@ -38,7 +38,7 @@ from pipeline.findings import Discovery, FoundFeature
 from pipeline.flows.analyze import analyze
 from pipeline.flows.catalog import Catalog
 from pipeline.flows.discover import open_discoverer
-from pipeline.flows.rank_drift import rank_drift
+from pipeline.flows.rank_drift import RankDrift, rank_drift
 from pipeline.io import generation
 from pipeline.io.memo import ArrayCache
 from pipeline.io.model import LanguageModel
@@ -66,6 +66,13 @@ CASES: dict[str, dict[str, Any]] = {
     "one_layer": {"layers": [1], "streams": ["resid_post"], "min_coverage_pct": 0.0},
     "one_sae": {"sae_id": "early", "min_coverage_pct": 0.0},
     "restricted": {"restrict_features": [1, 2, 3, 5, 40, 51, 90], "min_coverage_pct": 0.0},
+    "restricted_gated": {"restrict_features": [*range(20), 5, 40, 90], "min_coverage_pct": 0.2, "return_top_x": 3},
+    "restricted_apart": {
+        "restrict_features": [2, 6, 9, 70],
+        "merge_across_layers": False,
+        "score_mode": "selectivity",
+        "min_coverage_pct": 0.05,
+    },
     "by_norm": {"normalize": "activation_norm", "min_coverage_pct": 0.0, "topk_tokens_per_seq": 11},
     "by_mean_code": {"normalize": "mean_code", "min_coverage_pct": 0.0},
     "no_evidence": {"attach_examples": False, "attach_proto_labels": False, "min_coverage_pct": 0.0},
@@ -189,6 +196,8 @@ class Dense:
     kept: np.ndarray
     codes: dict[tuple[str, str], np.ndarray]
     rankings: list[list[dict[str, Any]]]
+    below: list[tuple[tuple[int, str, int], str, float]]
+    """Key, gate and score of what stands below the gates."""
     num_scored: int
     num_gated: int
 
@@ -253,25 +262,44 @@ def twin(bench: Bench, ids: list[int], options: dict[str, Any]) -> Dense:  # noq
         ranking = []
         for feature in range(z.shape[1]):
             column = z[kept, feature]
-            if (column > 0).any() and feature in (request.restrict_features or range(z.shape[1])):
+            if feature in request.restrict_features or ((column > 0).any() and not request.restrict_features):
+                fires = bool((column > 0).any())
                 scores = {
                     "mean": column.mean(),
                     "max": column.max(),
                     "coverage": (column > tau[feature]).mean(),
                     "selectivity": column.mean() - subtracted[feature],
                 }
-                num_scored += 1
-                num_gated += scores["coverage"] < request.min_coverage_pct
+                num_scored += fires
+                num_gated += fires and scores["coverage"] < request.min_coverage_pct
                 score = scores.get(request.score_mode, scores["mean"] * scores["coverage"]) / scale
-                ranking.append({"key": (layer, name, feature), "score": score, "scores": scores, "tau": tau[feature]})
+                one = {"key": (layer, name, feature), "score": score, "scores": scores, "tau": tau[feature]}
+                ranking.append(one | {"fires": fires})
         rankings.append(ranking)
     if request.merge_across_layers:
         rankings = [list(itertools.chain(*rankings))]
+    below = []
     for ranking in rankings:
-        ranking.sort(key=lambda one: (-one["score"], one["key"]))
-        ranking[:] = [one for one in ranking if one["scores"]["coverage"] >= request.min_coverage_pct]
-        del ranking[request.return_top_x :]
-    return Dense(ids=ids, kept=kept, codes=codes, rankings=rankings, num_scored=num_scored, num_gated=int(num_gated))
+        ranking.sort(key=lambda one: (not one["fires"], -one["score"] if one["fires"] else 0, one["key"]))
+        firing = [one for one in ranking if one["fires"]]
+        low = [one for one in firing if one["scores"]["coverage"] < request.min_coverage_pct]
+        passed = [one for one in firing if one not in low]
+        rest = [(one, "low" if one in low else "cut" if one["fires"] else "silent") for one in ranking]
+        rest = [pair for pair in rest if pair[0] not in passed[: request.return_top_x]]
+        if not request.restrict_features:
+            rest = [pair for pair in rest if pair[1] == "low"][: max(request.return_top_x - len(passed), 0)]
+        names = {"low": "min_coverage_pct", "cut": "return_top_x", "silent": "silent"}
+        below += [(one["key"], names[gate], one["score"] if one["fires"] else 0.0) for one, gate in rest]
+        ranking[:] = passed[: request.return_top_x]
+    return Dense(
+        ids=ids,
+        kept=kept,
+        codes=codes,
+        rankings=rankings,
+        below=below,
+        num_scored=num_scored,
+        num_gated=int(num_gated),
+    )
 
 
 def _tau(catalog: Catalog, hook_point: str, sae: str, request: DiscoverRequest) -> np.ndarray:
@@ -325,6 +353,8 @@ def test_the_answer_is_that_of_the_dense_twin(case, with_catalog, bench, catalog
     lists = split_by_list(answer)
     rankings = [r for r in expected.rankings if r]
     assert [[of(f) for f in found] for found in lists] == [[one["key"] for one in r] for r in rankings]
+    assert [(of(f), f.gate) for f in answer.below_gate] == [(key, gate) for key, gate, _ in expected.below]
+    assert [f.score for f in answer.below_gate] == pytest.approx([score for *_, score in expected.below], abs=CLOSE)
     for feature, one in zip(answer.features, itertools.chain(*expected.rankings), strict=True):
         assert feature.score == pytest.approx(one["score"], rel=CLOSE, abs=CLOSE)
         assert feature.scores.model_dump() == pytest.approx(one["scores"], rel=CLOSE, abs=CLOSE)
@@ -377,6 +407,29 @@ def assert_beside_catalog(feature: FoundFeature, catalog: Catalog, fired: int, e
     assert (beside.percentile is None) == (row["count"] == 0)
     if feature.scores.max > row["max"]:
         assert beside.percentile == 1.0
+
+
+def test_every_feature_of_a_list_is_ranked_or_told_why_not(bare, informed):
+    wanted = [159, 258, 345, 375, 116, 402, 417, 423, 518, 612, 705, 711, 802, 809, 900]
+    wanted = [feature % 64 for feature in wanted]
+    for discoverer in (bare, informed):
+        answer = ask(discoverer, prompt="river water", gen_tokens=8, restrict_features=wanted)
+        told = [(f.layer, f.feature_id) for f in (*answer.features, *answer.below_gate)]
+        assert sorted(told) == sorted({(layer, feature) for layer in (0, 1) for feature in wanted})
+        assert {f.score for f in answer.below_gate if f.gate == "silent"} == {0.0}
+
+
+def test_the_documents_own_request_is_answered(bare, informed):
+    """Its defaults gate nearly everything; what they gate is told, and the value that would pass fills the ranking."""
+    for discoverer in (bare, informed):
+        answer = ask(discoverer, prompt="river water stone", gen_tokens=16)
+        assert len(answer.features) + len(answer.below_gate) == min(25, answer.analyzed.features_scored)
+        assert {f.gate for f in answer.below_gate} == {"min_coverage_pct"}
+        would_pass = answer.analyzed.passing_min_coverage
+        assert any(f"min_coverage_pct={math.floor(would_pass * 1e4) / 1e4:g}" in n for n in answer.analyzed.notes)
+        opened = ask(discoverer, prompt="river water stone", gen_tokens=16, min_coverage_pct=would_pass)
+        assert len(opened.features) == min(25, answer.analyzed.features_scored)
+        assert opened.analyzed.passing_min_coverage is None
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -662,6 +715,10 @@ def test_a_layer_without_an_sae_is_told_which_layers_have_one(bare):
         ({"text": "a", "tau": {"mode": "quantile"}}, "tau"), ({"text": "a", "tau": {"mode": "p50"}}, "tau.mode"),
         ({"text": "a", "tau": {"mode": "constant", "value": math.inf}}, "tau.value"),
         ({"text": "a", "temperature": math.nan}, "temperature"), ({"text": "a", "temperature": 0}, "temperature"),
+        ({"prompt": "a", "do_sample": True, "temperature": 1e-300}, "temperature"),
+        ({"prompt": "a", "temperature": 0.7}, ""), ({"prompt": "a", "top_p": 0.9}, ""),
+        ({"text": "a", "tau": {"value": 3}}, "tau"), ({"text": "a", "tau": {"mode": "p95", "value": 0.0}}, "tau"),
+        ({"text": "a", "tau": {"mode": "constant"}}, "tau"),
         ({"text": "a", "return_top_X": 3}, "return_top_X"),
         ({"text": "a", "topk_tokens_per_seq": 0}, "topk_tokens_per_seq"),
     ],
@@ -695,7 +752,7 @@ def test_all_gated_and_missing_backgrounds_are_noted(bare, informed):
     assert not any("needs a catalog" in note for note in answer.analyzed.notes)
     assert (ask(bare, text="a").analyzed.tau, ask(informed, text="a").analyzed.tau) == ("constant 0", "p95")
     assert any("needs a catalog" in note for note in ask(bare, text="a").analyzed.notes)
-    assert ask(informed, text="a river").analyzed.notes == []
+    assert ask(informed, text="a river", return_top_x=1, min_coverage_pct=0.0).analyzed.notes == []
 
 
 def broken_model(bench: Bench, folder: Path, name: str) -> Bench:
@@ -1100,23 +1157,72 @@ def test_a_catalog_of_other_saes_is_refused(catalog_bench, gates, tmp_path):
         open_discoverer(catalog_bench.config(catalog=str(tmp_path)))
 
 
-def test_rank_drift_is_spearman_and_overlap_over_the_same_prompts(tmp_path: Path) -> None:
-    def answer(**scores: float) -> dict[str, Any]:
-        rows = [{"layer": 1, "stream": "resid_post", "feature_id": int(k[1:]), "score": v} for k, v in scores.items()]
-        return {"features": rows}
+def ranking_of(given: str = "a", digest: str = "d", **scores: float) -> dict[str, Any]:
+    """An answer as `sae_discover` writes it, as far as a comparison reads it."""
+    rows = [
+        {"hook_point": "blocks.1.hook_resid_post", "sae": "s", "feature_id": int(name[1:]), "score": score}
+        | {"layer": 1, "stream": "resid_post"}
+        for name, score in scores.items()
+    ]
+    saes = [{"hook_point": "blocks.1.hook_resid_post", "sae": "s", "digest": digest}]
+    analyzed = {"given": given, "saes": saes, "merge_across_layers": True, "score_mode": "mean", "tau": "p95"}
+    return {"analyzed": analyzed, "features": rows}
 
-    first = [answer(f1=5.0, f2=4.0, f3=3.0, f4=2.0, f5=1.0), answer(f1=1.0)]
-    second = [answer(f2=5.0, f1=4.0, f3=3.0, f4=2.0, f9=1.0), {"line": 2, "error": {}}]
-    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    for file, records in zip(files, (first, second), strict=True):
-        file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    drift = rank_drift(*files)
-    a, b = [5, 4, 3, 2, 1, 0, 1], [4, 5, 3, 2, 0, 1, 0]
-    assert (drift.num_prompts, drift.num_features) == (2, 7)
+
+def drift_of(folder: Path, first: list[dict[str, Any]], second: list[dict[str, Any]]) -> RankDrift:
+    files = [folder / "a.jsonl", folder / "b.jsonl"]
+    for file, answers in zip(files, (first, second), strict=True):
+        file.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers), "utf-8")
+    return rank_drift(*files)
+
+
+def test_rank_drift_compares_what_both_answers_rank(tmp_path: Path) -> None:
+    first = [ranking_of(f1=5.0, f2=4.0, f3=3.0, f4=2.0, f5=1.0), ranking_of("b\u2028c", f1=1.0), ranking_of("d")]
+    second = [
+        ranking_of(f2=5.0, f1=4.0, f3=3.0, f4=2.0, f9=1.0), ranking_of("b\u2028c", f1=2.0), {"line": 3, "error": {}},
+    ]  # fmt: skip
+    drift = drift_of(tmp_path, first, second)
+    a, b = [5, 4, 3, 2, 1], [4, 5, 3, 2, 2]
+    assert (drift.num_prompts, drift.num_failed, drift.num_common, drift.num_only) == (2, 1, 5, (1, 1))
     assert drift.rank_correlation == pytest.approx(scipy.stats.spearmanr(a, b).statistic)
     assert drift.overlap == {5: 0.8}
-    (tmp_path / "c.json").write_text(json.dumps(first[0]))
-    with pytest.raises(SourceError, match="expected the same prompts"):
-        rank_drift(files[0], tmp_path / "c.json")
+    assert drift.notes == ()
+
+
+def test_an_answer_with_nothing_in_it_agrees_with_none(tmp_path: Path) -> None:
+    many = {f"f{i}": float(100 - i) for i in range(25)}
+    drift = drift_of(tmp_path, [ranking_of(**many)], [ranking_of()])
+    assert (drift.rank_correlation, drift.overlap, drift.num_only) == (None, {}, (25, 0))
+    drift = drift_of(tmp_path, [ranking_of(**many)], [ranking_of(f0=3.0, f1=2.0, f2=1.0, f3=0.5, f99=0.4)])
+    assert drift.overlap == {5: 0.8}
+
+
+def test_two_saes_at_one_hook_point_are_two_sets_of_features(tmp_path: Path) -> None:
+    both, other = ranking_of(f1=2.0, f2=1.0), ranking_of(f1=1.0, f2=2.0)
+    both["features"] += [row | {"sae": "t", "score": 9.0} for row in other["features"]]
+    both["analyzed"]["saes"] += [both["analyzed"]["saes"][0] | {"sae": "t", "digest": "e"}]
+    assert drift_of(tmp_path, [both], [both]).num_common == 4
+
+
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        ([], "expected the same prompts"),
+        ([ranking_of("other", f1=1.0)], "are not the same: 'a' and 'other'"),
+        ([ranking_of(digest="e", f1=1.0)], "different SAEs"),
+    ],
+)
+def test_answers_that_say_nothing_about_each_other_are_not_compared(second, says, tmp_path):
+    with pytest.raises(SourceError, match=says):
+        drift_of(tmp_path, [ranking_of(f1=1.0)], second)
+
+
+def test_settings_that_differ_are_told_or_refused(tmp_path: Path) -> None:
+    mine, other = ranking_of(f1=1.0), ranking_of(f1=1.0)
+    other["analyzed"]["tau"] = "constant 0"
+    assert drift_of(tmp_path, [mine], [other]).notes == ("tau differs: p95 and constant 0",)
+    other["analyzed"]["score_mode"] = "max"
+    with pytest.raises(SourceError, match="ranked by mean and max"):
+        drift_of(tmp_path, [mine], [other])
     with pytest.raises(SourceError, match=r"is not a \.json or \.jsonl file"):
-        rank_drift(files[0], tmp_path / "missing.json")
+        rank_drift(tmp_path / "a.jsonl", tmp_path / "missing.json")

@@ -33,8 +33,12 @@ LINES = [
     "[1]",
     '{"text": "🙂 日本", "id": ["a", 1]}',
     '{"text": "' + "x" * 100 + '", "id": "too long"}',
+    '{"text": "river", "return_top_x": 1, "min_coverage": 0.01}',
+    '{"text": "river", "retrun_top_x": 1}',
+    '{"text": "river", "tau": {"value": 3}}',
 ]
-BAD_LINES = {4, 5, 6, 7, 8, 9, 11}
+BLANK_LINES = {4}
+BAD_LINES = {5, 6, 7, 8, 9, 11, 13, 14}
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +153,12 @@ def test_a_batch_keeps_lines_order_and_ids_and_reports_bad_lines(run, prompts, t
     out = tmp_path / "out" / "answers.jsonl"
     code, _, said = run("--prompts_file", str(prompts), *BATCH, "--out", str(out))
     assert code == 0
-    assert f"{len(LINES)} prompts" in said
+    assert f"{len(LINES) - len(BLANK_LINES)} prompts" in said
     assert f"{len(BAD_LINES)} errors" in said
+    assert "1 lines have keys that are no options" in said
+    assert "1 blank lines passed over" in said
     found = records(out)
-    assert [record["line"] for record in found] == list(range(1, len(LINES) + 1))
+    assert [record["line"] for record in found] == [n for n in range(1, len(LINES) + 1) if n not in BLANK_LINES]
     assert {record["line"] for record in found if "error" in record} == BAD_LINES
     ids = {record["line"]: record["id"] for record in found if "id" in record}
     assert ids == {1: "first", 3: 7, 6: "number", 7: None, 8: "nothing else", 10: ["a", 1], 11: "too long"}
@@ -162,10 +168,18 @@ def test_a_batch_keeps_lines_order_and_ids_and_reports_bad_lines(run, prompts, t
             assert "features" not in record
         else:
             Discovery.model_validate({k: v for k, v in record.items() if k not in ("line", "id")})
-            assert len(record["features"]) == 3
-    assert found[0]["analyzed"]["mode"] == "prompt+gen"
-    assert found[2]["analyzed"]["mode"] == "text"
-    assert found[10]["error"]["field"] == "text"
+            assert len(record["features"]) == (1 if record["line"] == 12 else 3)
+    by_line = {record["line"]: record for record in found}
+    assert by_line[1]["analyzed"]["mode"] == "prompt+gen"
+    assert by_line[3]["analyzed"]["mode"] == "text"
+    assert by_line[3]["analyzed"]["notes"][-1].endswith("passed over: other")
+    assert by_line[11]["error"]["field"] == "text"
+    assert by_line[12]["analyzed"]["min_coverage"] == 0.01
+    assert by_line[13]["error"] == {
+        "field": "retrun_top_x",
+        "message": "a line has no option retrun_top_x; did you mean return_top_x?",
+    }
+    assert by_line[14]["error"]["field"] == "tau"
     assert [path.name for path in out.parent.iterdir()] == ["answers.jsonl"], "no parts are left"
 
 
@@ -305,6 +319,10 @@ def test_two_workers_write_the_bytes_of_one(run, tmp_path):
         (["--prompts_file", __file__, "--workers", "0", "--out", "a.jsonl"], "workers"),
         (["--prompts_file", __file__, "--score_mode", "sum", "--out", "a.jsonl"], "score_mode"),
         (["--prompts_file", os.devnull, "--out", "a.jsonl"], "no line"),
+        (["--text", "a", "--workers", "2"], "--workers"),
+        (["--text", "a", "--tau", "p95:3"], "tau.value is given"),
+        (["--prompt", "a", "--temperature", "0.5"], "set do_sample=true"),
+        (["--compare", "a.json", "b.json", "--text", "a"], "nothing else; leave out --model"),
         (["--text", "a", "--text", "\udcff"], "text"),
     ],
     ids=lambda value: " ".join(value)[:40].encode("ascii", "replace").decode() if isinstance(value, list) else None,

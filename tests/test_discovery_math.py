@@ -115,12 +115,13 @@ def test_measures_are_those_of_the_dense_codes(seed, own):
     rng = np.random.default_rng(seed)
     dense, kept = dense_codes(seed), rng.random(T) < 0.5
     tau = np.where(rng.random(F) < 0.5, 0.0, 1.0)
-    background = ~kept & (rng.random(T) < 0.7) if own else rng.random(F)
+    others = ~kept & (rng.random(T) < 0.7)
+    background = discovery.mean_over(as_codes(dense), others, F) if own else rng.random(F)
     found = discovery.measure(as_codes(dense), kept, tau, background)
 
     inside = dense[kept].astype(np.float64)
     mine = np.flatnonzero((inside > 0).any(axis=0))
-    subtracted = dense[background].astype(np.float64).mean(axis=0) if own else background
+    subtracted = dense[others].astype(np.float64).mean(axis=0) if own else background
     assert found.feature.tolist() == mine.tolist()
     np.testing.assert_allclose(found.mean, inside.mean(axis=0)[mine], rtol=1e-12)
     assert found.max.tolist() == inside.max(axis=0)[mine].tolist()
@@ -143,9 +144,52 @@ def test_a_code_equal_to_tau_does_not_count_for_coverage():
 @pytest.mark.parametrize("kept", [np.zeros(T, bool), np.arange(T) == 5])
 def test_nothing_is_measured_where_nothing_fires(kept):
     dense = np.zeros((T, F), np.float32)
-    found = discovery.measure(as_codes(dense), kept, np.zeros(F), ~kept)
+    found = discovery.measure(as_codes(dense), kept, np.zeros(F), np.zeros(F))
     assert [len(getattr(found, name)) for name in ("feature", "mean", "max", "coverage", "fired")] == [0] * 5
     assert len(found.score("mean×coverage")) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_list_with_its_silent_features_is_the_dense_columns_of_the_list(seed):
+    rng = np.random.default_rng(seed)
+    dense, kept, background = dense_codes(seed), rng.random(T) < 0.3, rng.random(F)
+    wanted = np.sort(rng.permutation(F)[:7]).astype(np.int64)
+    codes = as_codes(dense)
+    found = discovery.measure(codes.where(np.isin(codes.feature, wanted)), kept, np.zeros(F), background)
+    whole = discovery.with_silent(found, wanted, background)
+    inside = dense[kept][:, wanted].astype(np.float64)
+    assert whole.feature.tolist() == wanted.tolist()
+    np.testing.assert_allclose(whole.mean, inside.mean(axis=0), rtol=1e-12)
+    assert whole.max.tolist() == inside.max(axis=0).tolist()
+    assert whole.fired.tolist() == (inside > 0).sum(axis=0).tolist()
+    np.testing.assert_allclose(whole.selectivity, inside.mean(axis=0) - background[wanted], atol=1e-12)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([-1.0, 0.5, 1.0, 2.0]), st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.booleans())),
+    st.sampled_from([0.0, 0.25, 0.3, 1.0]),
+    st.integers(1, 8),
+)
+def test_a_ranking_is_sorted_gated_cut_and_accounts_for_every_candidate(candidates, least, size):
+    score, coverage, fires = (np.array(column) for column in zip(*candidates, strict=True)) if candidates else (
+        np.zeros(0), np.zeros(0), np.zeros(0, bool)
+    )  # fmt: skip
+    found = discovery.ranked(score, coverage, fires.astype(bool), least_coverage=least, at_most=size)
+    order = sorted((i for i in range(len(candidates)) if fires[i]), key=lambda i: (-score[i], i))
+    passed = [i for i in order if coverage[i] >= least]
+    gate = {i: "return_top_x" if i in passed else "min_coverage_pct" for i in order if i not in passed[:size]}
+    gate |= {i: "silent" for i in range(len(candidates)) if not fires[i]}
+    assert found.ranked.tolist() == passed[:size]
+    assert list(zip(found.below.tolist(), found.gates, strict=True)) == list(gate.items())
+    assert (found.num_fired, found.num_gated) == (len(order), len(order) - len(passed))
+    if found.passing is None:
+        assert len(passed) >= min(size, len(order))
+        return
+
+    def length(bound: float) -> int:
+        return len(discovery.ranked(score, coverage, fires.astype(bool), least_coverage=bound, at_most=size).ranked)
+
+    assert length(found.passing) == min(size, len(order)) > length(float(np.nextafter(found.passing, 2)))
 
 
 def test_percentile_is_the_share_of_weaker_codes_up_to_half_a_bin():

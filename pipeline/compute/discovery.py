@@ -85,7 +85,7 @@ def measure(
     codes: Codes,
     kept: Bool[np.ndarray, " T"],
     tau: Float64[np.ndarray, " F"],
-    background: Float64[np.ndarray, " F"] | Bool[np.ndarray, " T"],
+    background: Float64[np.ndarray, " F"],
 ) -> Candidates:
     """Measure every feature that fires on a kept token.
 
@@ -93,8 +93,7 @@ def measure(
         codes: of one sequence; the row is ignored.
         kept: K.
         tau: of every feature.
-        background: what selectivity subtracts: the mean of every feature over a corpus, or the tokens of this
-            sequence over which to take it (0 if there are none).
+        background: what selectivity subtracts: the mean of every feature somewhere else.
     """
     inside = codes.where(kept[codes.position])
     num_kept = max(int(kept.sum()), 1)
@@ -108,20 +107,99 @@ def measure(
         )
     mean = np.add.reduceat(value, starts) / num_kept
     above = np.add.reduceat((value > tau[inside.feature]).astype(np.int64), starts)
-    if background.dtype == bool:
-        elsewhere = codes.where(background[codes.position])
-        subtracted = np.zeros(len(tau))
-        np.add.at(subtracted, elsewhere.feature, elsewhere.value.astype(np.float64))
-        subtracted /= max(int(background.sum()), 1)
-    else:
-        subtracted = background
     return Candidates(
         feature=feature,
         mean=mean,
         max=np.maximum.reduceat(value, starts),
         coverage=above / num_kept,
-        selectivity=mean - subtracted[feature],
+        selectivity=mean - background[feature],
         fired=np.diff(np.append(starts, len(inside))),
+    )
+
+
+def mean_over(codes: Codes, tokens: Bool[np.ndarray, " T"], num_features: int) -> Float64[np.ndarray, " F"]:
+    """The mean code of every feature over some tokens of one sequence; 0 if there are none."""
+    inside = codes.where(tokens[codes.position])
+    total = np.bincount(inside.feature, inside.value.astype(np.float64), minlength=num_features)
+    return np.asarray(total / max(int(tokens.sum()), 1))
+
+
+def with_silent(
+    found: Candidates, wanted: Int64[np.ndarray, " W"], background: Float64[np.ndarray, " F"]
+) -> Candidates:
+    """The candidates, and of the wanted features (ascending, distinct) those that fire on no kept token.
+
+    Of a silent one all is zero but selectivity, which is 0 minus its background. Ascending by feature.
+    """
+    silent = np.setdiff1d(wanted, found.feature)
+    feature = np.concatenate([found.feature, silent])
+    order = np.argsort(feature)
+
+    def both(measured: np.ndarray, missing: np.ndarray) -> np.ndarray:
+        return np.asarray(np.concatenate([measured, missing])[order])
+
+    zeros = np.zeros(len(silent))
+    return Candidates(
+        feature=feature[order],
+        mean=both(found.mean, zeros),
+        max=both(found.max, zeros),
+        coverage=both(found.coverage, zeros),
+        selectivity=both(found.selectivity, zeros - background[silent]),
+        fired=both(found.fired, np.zeros(len(silent), np.int64)),
+    )
+
+
+Gate = Literal["min_coverage_pct", "return_top_x", "silent"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """Candidates in order, after the gates. Candidates are named by their places in the arrays that were given."""
+
+    ranked: Int64[np.ndarray, " R"]
+    """Those that pass, best first, at most as many as were asked for."""
+    below: Int64[np.ndarray, " B"]
+    """The others: best first, those that never fire last."""
+    gates: tuple[Gate, ...]
+    """What kept each of `below` out."""
+    num_fired: int
+    num_gated: int
+    """Of those that fire, with less than the least coverage."""
+    passing: float | None
+    """The greatest least coverage that leaves no place of the ranking empty which a feature that fires could take;
+    None if the gate leaves none empty."""
+
+
+def ranked(
+    score: Float64[np.ndarray, " N"],
+    coverage: Float64[np.ndarray, " N"],
+    fires: Bool[np.ndarray, " N"],
+    *,
+    least_coverage: float,
+    at_most: int,
+) -> Ranking:
+    """Sort by score, then gate by coverage, then cut.
+
+    Args:
+        score: of every candidate; among equals the first given comes first.
+        coverage: of every candidate.
+        fires: whether it fires on a kept token; one that does not is never ranked, and counts as score 0.
+        least_coverage: of what is ranked.
+        at_most: so many are ranked.
+    """
+    order = np.argsort(np.where(fires, -score, np.inf), kind="stable")
+    passes = fires & (coverage >= least_coverage)
+    passed = order[passes[order]]
+    below = order[~np.isin(order, passed[:at_most])]
+    num_fired, num_places = int(fires.sum()), min(at_most, int(fires.sum()))
+    binds = len(passed) < num_places
+    return Ranking(
+        ranked=passed[:at_most],
+        below=below,
+        gates=tuple("silent" if not fires[i] else "return_top_x" if passes[i] else "min_coverage_pct" for i in below),
+        num_fired=num_fired,
+        num_gated=num_fired - len(passed),
+        passing=float(np.sort(coverage[fires])[-num_places]) if binds else None,
     )
 
 

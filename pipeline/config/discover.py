@@ -22,9 +22,24 @@ def _just(name: str) -> dict[str, Any]:
     return {"required": [name], "properties": {name: {"type": "string"}}}
 
 
-_QUANTILE: JsonDict = {
-    "if": {"required": ["mode"], "properties": {"mode": {"const": "quantile"}}},
-    "then": {"required": ["value"], "properties": {"value": {"exclusiveMinimum": 0, "exclusiveMaximum": 1}}},
+_TAU: JsonDict = {
+    "allOf": [
+        {
+            "if": {"required": ["mode"], "properties": {"mode": {"const": "quantile"}}},
+            "then": {
+                "required": ["value"],
+                "properties": {"value": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}},
+            },
+        },
+        {
+            "if": {"required": ["mode"], "properties": {"mode": {"const": "constant"}}},
+            "then": {"required": ["value"], "properties": {"value": {"type": "number"}}},
+        },
+        {
+            "if": {"properties": {"mode": {"enum": ["p95", "p95_nonzero"]}}},
+            "then": {"properties": {"value": {"type": "null"}}},
+        },
+    ]
 }
 
 
@@ -40,17 +55,26 @@ def _with_integers(value: object) -> object:
 class TauConfig(Section):
     """The threshold above which a token counts for coverage."""
 
-    model_config = ConfigDict(strict=True, json_schema_extra=_QUANTILE)
+    model_config = ConfigDict(strict=True, json_schema_extra=_TAU)
 
     mode: Literal["p95", "p95_nonzero", "quantile", "constant"] = "p95"
     """Quantile of the feature's codes in the catalog: p95 over all counted tokens, p95_nonzero over firing ones,
     quantile like p95 with q = value; constant: value. Without a catalog the quantiles fall back to 0, and say so."""
-    value: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """q, below 1, or the constant."""
+    value: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """q, between 0 and 1, or the constant; the other modes have none."""
 
     @model_validator(mode="after")
-    def _quantile(self) -> "TauConfig":
-        if self.mode == "quantile" and not 0 < self.value < 1:
+    def _of_mode(self) -> "TauConfig":
+        takes_value = self.mode in ("quantile", "constant")
+        if takes_value and self.value is None:
+            raise PydanticCustomError("tau", "tau.mode {mode} needs tau.value", {"mode": self.mode})
+        if not takes_value and self.value is not None:
+            raise PydanticCustomError(
+                "tau",
+                "tau.value is given, but tau.mode is {mode}, which has none; expected mode quantile or constant",
+                {"mode": self.mode},
+            )
+        if self.mode == "quantile" and not 0 < (self.value or 0) < 1:
             raise PydanticCustomError("quantile", "tau.value is the quantile q, expected between 0 and 1")
         return self
 
@@ -112,8 +136,8 @@ class DiscoverRequest(Section):
     """Wrap the prompt as a user's turn in the model's chat template."""
     do_sample: bool = False
     """Sample the continuation instead of taking the likeliest token."""
-    temperature: float = Field(default=1.0, gt=0, le=100)
-    """Of sampling."""
+    temperature: float = Field(default=1.0, ge=1e-6, le=100)
+    """Of sampling; near the low end it takes the likeliest token."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Of sampling: the smallest set of tokens with this probability."""
     seed: int = Field(default=42, ge=0, lt=1 << 63)
@@ -131,6 +155,15 @@ class DiscoverRequest(Section):
             given = given | {"min_coverage_pct": given["min_coverage"]}
             del given["min_coverage"]
         return given
+
+    @model_validator(mode="after")
+    def _sampling(self) -> "DiscoverRequest":
+        for name, value in (("temperature", self.temperature), ("top_p", self.top_p)):
+            if value != 1 and not self.do_sample:
+                raise PydanticCustomError(
+                    "sampling", "{name} is of sampling, and do_sample is false; set do_sample=true", {"name": name}
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_input(self) -> "DiscoverRequest":

@@ -4,11 +4,12 @@ A batch is cut into chunks of lines; a chunk is answered in batched passes and w
 output that is named by all that decides the answers, so that the same command goes on where it was stopped.
 """
 
+import difflib
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -105,6 +106,8 @@ class Chunk:
     num_bytes: int
     first_line: int
     num_lines: int
+    num_prompts: int
+    """Lines that are not blank."""
 
     @property
     def key(self) -> str:
@@ -119,34 +122,43 @@ class BatchWorker:
         self._batch, self._discoverer = batch, open_discoverer(batch.config)
 
     def run(self, chunk: Chunk) -> int:
-        """Answer a chunk and write its lines; how many they are."""
+        """Answer a chunk and write its answers; how many they are. A blank line has none."""
         with Path(self._batch.prompts).open("rb") as file:
             file.seek(chunk.offset)
             lines = file.read(chunk.num_bytes).removesuffix(b"\n").split(b"\n")
         records: list[dict[str, Any]] = [{"line": chunk.first_line + i} for i in range(len(lines))]
         asked: list[tuple[int, DiscoverRequest]] = []
+        others: dict[int, list[str]] = {}
         for i, line in enumerate(lines):
             try:
                 given = _record_of(line)
                 if "id" in given:
                     records[i]["id"] = given.pop("id")
-                if not given:
+                if not given.keys() & {"prompt", "text"}:
                     raise RequestError('expected {"prompt": …}, {"text": …} or a string', "line")
-                asked.append((i, DiscoverRequest.model_validate(self._batch.request | given)))
+                others[i] = [name for name in given if name not in _FIELDS]
+                options = {name: value for name, value in given.items() if name in _FIELDS}
+                asked.append((i, DiscoverRequest.model_validate(_overridden(self._batch.request, options))))
             except (RequestError, ValidationError) as error:
                 records[i]["error"] = _why(error)
         for (i, _), answer in zip(asked, self._discoverer.discover_many([r for _, r in asked]), strict=True):
-            records[i] |= answer.model_dump() if isinstance(answer, Discovery) else {"error": _why(answer)}
-        body = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            if isinstance(answer, Discovery):
+                records[i] |= _with_note(answer, others[i]).model_dump()
+            else:
+                records[i]["error"] = _why(answer)
+        answered = [record for record, line in zip(records, lines, strict=True) if line.strip()]
+        body = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in answered)
         LocalBlobs(self._batch.parts).put(chunk.key, body.encode())
-        return len(records)
+        return len(answered)
 
 
 def _record_of(line: bytes) -> dict[str, Any]:
-    """Of a line the prompt or text, and the id, if they are there; a string is a prompt, other keys are left aside.
+    """The fields of a line: prompt or text, id, and options of its own; a string is a prompt.
+
+    Other keys come along, to be told of.
 
     Raises:
-        RequestError: if it is neither an object nor a string.
+        RequestError: if it is neither an object nor a string, or has a key that looks like an option and is none.
     """
     if len(line) > MAX_LINE_BYTES:
         raise RequestError(f"the line has {len(line)} bytes, more than {MAX_LINE_BYTES}", "line")
@@ -159,7 +171,33 @@ def _record_of(line: bytes) -> dict[str, Any]:
         return {"prompt": record}
     if not isinstance(record, dict):
         raise RequestError('expected {"prompt": …}, {"text": …} or a string', "line")
-    return {name: record[name] for name in ("prompt", "text", "id") if name in record}
+    for name in record:
+        near = difflib.get_close_matches(name.lower(), _FIELDS, 1, cutoff=0.8)
+        if name not in _FIELDS and near:
+            raise RequestError(f"a line has no option {name[:80]}; did you mean {near[0]}?", name[:80])
+    return record
+
+
+_FIELDS = frozenset({*DiscoverRequest.model_fields, "min_coverage", "id"})
+"""Of a line of a batch."""
+PASSED_OVER = "keys of the line that are no options were passed over: "
+"""How a note of an answer begins that tells of them."""
+
+
+def _with_note(answer: Discovery, others: Sequence[str]) -> Discovery:
+    if not others:
+        return answer
+    note = PASSED_OVER + ", ".join(name[:80] for name in others[:10])
+    return answer.model_copy(
+        update={"analyzed": answer.analyzed.model_copy(update={"notes": [*answer.analyzed.notes, note]})}
+    )
+
+
+def _overridden(request: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a line before those of the command; min_coverage and min_coverage_pct are one field."""
+    if given.keys() & {"min_coverage", "min_coverage_pct"}:
+        request = {name: value for name, value in request.items() if name not in ("min_coverage", "min_coverage_pct")}
+    return request | given
 
 
 def _why(error: Exception) -> dict[str, str]:
@@ -176,15 +214,17 @@ class BatchReport:
     folder: Path
     """Of the parts."""
     keys: tuple[str, ...]
-    num_lines: int
+    num_prompts: int
+    num_blank: int
+    """Lines with nothing on them; they have no answer."""
     num_resumed: int
-    """Lines that an earlier run had answered."""
+    """Prompts that an earlier run had answered."""
     seconds: float
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The answers, one a line, in the order of the prompts."""
         for key in self.keys:
-            yield from map(json.loads, LocalBlobs(self.folder).get(key).splitlines())
+            yield from map(json.loads, filter(None, LocalBlobs(self.folder).get(key).split(b"\n")))
 
     def remove(self) -> None:
         """Forget the parts: the answers are where they belong."""
@@ -203,8 +243,9 @@ def discover_batch(
 
     Args:
         config: of the discoverer.
-        request: fields of every request but its text.
-        prompts: JSON lines: `{"prompt": …}`, `{"text": …}` or strings, with an `id` if you like.
+        request: fields of every request, its text excepted.
+        prompts: JSON lines: `{"prompt": …}`, `{"text": …}` or strings, with an `id` and options of a request if you
+            like; these go before those of the command. Blank lines are passed over.
         out: parts of the work are kept beside it until it is whole.
         cluster: who works.
         say: hears progress.
@@ -219,8 +260,9 @@ def discover_batch(
         chunks = list(_chunks(prompts))
     except OSError as error:
         raise SourceError(f"the prompts {prompts} cannot be read: {error.strerror}") from error
-    if not chunks:
-        raise SourceError(f"the file {prompts} has no line")
+    num_prompts = sum(chunk.num_prompts for chunk in chunks)
+    if not num_prompts:
+        raise SourceError(f"the file {prompts} has no line with a prompt")
     _check(request)
     settings = [digest, request, config.model_dump(mode="json", exclude={"cache_mb"}), CHUNK_LINES, _contents(config)]
     folder = out.with_name(f".{out.name}.{digest_of(settings)[:12]}")
@@ -238,12 +280,12 @@ def discover_batch(
             if outcome.result is None:
                 raise CensusError(f"lines from {outcome.task.first_line}: {outcome.kind}: {outcome.message}")
             stage.advance(outcome.result)
-    num_lines = sum(chunk.num_lines for chunk in chunks)
     return BatchReport(
         folder=folder,
         keys=tuple(chunk.key for chunk in chunks),
-        num_lines=num_lines,
-        num_resumed=num_lines - sum(chunk.num_lines for chunk in left),
+        num_prompts=num_prompts,
+        num_blank=sum(chunk.num_lines for chunk in chunks) - num_prompts,
+        num_resumed=num_prompts - sum(chunk.num_prompts for chunk in left),
         seconds=time.monotonic() - began,
     )
 
@@ -277,11 +319,12 @@ def _check(request: dict[str, Any]) -> None:
 
 def _chunks(path: Path) -> Iterator[Chunk]:
     with path.open("rb") as file:
-        number = offset = num_bytes = lines = 0
+        number = offset = num_bytes = lines = prompts = 0
         for line in file:
-            num_bytes, lines = num_bytes + len(line), lines + 1
+            num_bytes, lines, prompts = num_bytes + len(line), lines + 1, prompts + bool(line.strip())
             if lines == CHUNK_LINES:
-                yield Chunk(number, offset, num_bytes, number * CHUNK_LINES + 1, lines)
-                number, offset, num_bytes, lines = number + 1, offset + num_bytes, 0, 0
+                yield Chunk(number, offset, num_bytes, number * CHUNK_LINES + 1, lines, prompts)
+                number, offset = number + 1, offset + num_bytes
+                num_bytes = lines = prompts = 0
         if lines:
-            yield Chunk(number, offset, num_bytes, number * CHUNK_LINES + 1, lines)
+            yield Chunk(number, offset, num_bytes, number * CHUNK_LINES + 1, lines, prompts)

@@ -1,19 +1,21 @@
 """From codes to the answer: kept tokens, scores, gates, ranking, and the evidence for what is returned."""
 
-import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64
 
 from pipeline.compute import discovery, masks
-from pipeline.compute.discovery import Candidates
+from pipeline.compute.discovery import Candidates, Gate, Ranking
 from pipeline.config import DiscoverRequest
-from pipeline.findings import AgainstCatalog, Analyzed, Discovery, FoundFeature, Scores, Span, UsedSae
+from pipeline.findings import AgainstCatalog, Analyzed, Discovery, FoundFeature, GatedFeature, Scores, Span, UsedSae
 from pipeline.steps.background import Background, LabelSource
 from pipeline.steps.codebook import Read
-from pipeline.steps.requests import Loaded, place
+from pipeline.steps.requests import Loaded
 from pipeline.steps.sequences import Sequence as Tokens
 from pipeline.types import STREAMS, SiteKey
 
@@ -21,6 +23,16 @@ SINK_RATIO = 10.0
 """A kept token this much longer than the median is worth a note."""
 WINDOW = (16, 8)
 """Tokens of a span before its peak, and from the peak on."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A feature of one SAE, and where its measurements stand."""
+
+    site: SiteKey
+    found: Candidates
+    i: int
+    score: float
 
 
 class Answer:
@@ -49,32 +61,70 @@ class Answer:
         return discovery.kept_tokens(weight, self._allowed, request.topk_tokens_per_seq)
 
     def make(self) -> Discovery:
-        """Score, gate, rank, and attach evidence."""
-        request = self._request
-        lists, used, num_scored, num_gated = [], [], 0, 0
-        for site in self._sites:
-            found = self._candidates(site)
-            scale = self._scale(site)
-            passed = found.coverage >= request.min_coverage_pct
-            num_scored, num_gated = num_scored + len(passed), num_gated + int((~passed).sum())
-            score = found.score(request.score_mode) / scale
-            order = [i for i in np.argsort(-score, kind="stable") if passed[i]][: request.return_top_x]
-            lists.append([(float(score[i]), site, found, int(i)) for i in order])
-            used.append(self._used(site, scale))
-        if request.merge_across_layers:
-            merged = sorted(itertools.chain(*lists), key=lambda one: (-one[0], place(one[1]), one[3]))
-            lists = [merged[: request.return_top_x]]
-        features = [
-            self._feature(rank, score, site, found, i)
-            for ranking in lists
-            for rank, (score, site, found, i) in enumerate(ranking, 1)
-        ]
+        """Score, rank, gate, cut, and attach evidence."""
+        lists = [self._ranking(sites) for sites in self._lists()]
         return Discovery(
             model_id=self._loaded.model_id,
-            sae_id=request.sae_id or ", ".join(dict.fromkeys(site.sae for site in self._sites)),
-            analyzed=self._analyzed(used, num_scored, num_gated),
-            features=features,
+            sae_id=self._request.sae_id or ", ".join(dict.fromkeys(site.sae for site in self._sites)),
+            analyzed=self._analyzed([ranking for ranking, _ in lists]),
+            features=[
+                FoundFeature(rank=rank, **self._told(candidate(i)))
+                for ranking, candidate in lists
+                for rank, i in enumerate(ranking.ranked, 1)
+            ],
+            below_gate=[
+                GatedFeature(gate=gate, **self._told(candidate(i)))
+                for ranking, candidate in lists
+                for i, gate in self._below(ranking)
+            ],
         )
+
+    def _lists(self) -> list[list[SiteKey]]:
+        """The sites of every ranking."""
+        return [[*self._sites]] if self._request.merge_across_layers else [[site] for site in self._sites]
+
+    def _ranking(self, sites: Sequence[SiteKey]) -> tuple[Ranking, Callable[[int], _Candidate]]:
+        """One ranking over the candidates of some sites, and what stands at a place of it."""
+        request = self._request
+        found = [self._candidates(site) for site in sites]
+        score = np.concatenate(
+            [one.score(request.score_mode) / self._scale(site) for site, one in zip(sites, found, strict=True)]
+        )
+        start = np.concatenate([[0], np.cumsum([len(one.feature) for one in found])])
+        fires = np.concatenate([one.fired for one in found]) > 0
+
+        def candidate(i: int) -> _Candidate:
+            owner = int(np.searchsorted(start, i, side="right")) - 1
+            return _Candidate(sites[owner], found[owner], i - int(start[owner]), float(score[i]) if fires[i] else 0.0)
+
+        ranking = discovery.ranked(
+            score,
+            np.concatenate([one.coverage for one in found]),
+            fires,
+            least_coverage=request.min_coverage_pct,
+            at_most=request.return_top_x,
+        )
+        return ranking, candidate
+
+    def _below(self, ranking: Ranking) -> list[tuple[int, Gate]]:
+        """What the answer tells of those that are not ranked: of a restricted search all, else what fills it up."""
+        pairs = list(zip(ranking.below.tolist(), ranking.gates, strict=True))
+        if self._request.restrict_features:
+            return pairs
+        return pairs[: self._request.return_top_x - len(ranking.ranked)]
+
+    def _candidates(self, site: SiteKey) -> Candidates:
+        """What fires on kept tokens; if the search is restricted, all of its list."""
+        codes, background = self._read.codes[site], self._background(site)
+        num_features = self._loaded.reader.saes[site].num_features
+        others = self._allowed & ~self._kept
+        elsewhere = discovery.mean_over(codes, others, num_features) if background is None else background.mean
+        if not self._request.restrict_features:
+            return discovery.measure(codes, self._kept, self._taus[site], elsewhere)
+        wanted = np.unique(np.array(self._request.restrict_features, np.int64))
+        codes = codes.where(np.isin(codes.feature, wanted))
+        found = discovery.measure(codes, self._kept, self._taus[site], elsewhere)
+        return discovery.with_silent(found, wanted[wanted < num_features], elsewhere)
 
     def _background(self, site: SiteKey) -> Background | None:
         return None if self._loaded.backgrounds is None else self._loaded.backgrounds.sites[site]
@@ -82,15 +132,9 @@ class Answer:
     def _tau(self, site: SiteKey) -> Float64[np.ndarray, " F"]:
         rule, background = self._request.tau, self._background(site)
         if background is not None:
-            return background.tau(rule.mode, rule.value)
-        return np.full(self._loaded.reader.saes[site].num_features, rule.value if rule.mode == "constant" else 0.0)
-
-    def _candidates(self, site: SiteKey) -> Candidates:
-        codes, background = self._read.codes[site], self._background(site)
-        if self._request.restrict_features:
-            codes = codes.where(np.isin(codes.feature, np.array(self._request.restrict_features)))
-        others = self._allowed & ~self._kept
-        return discovery.measure(codes, self._kept, self._taus[site], others if background is None else background.mean)
+            return background.tau(rule.mode, rule.value or 0.0)
+        constant = (rule.value or 0.0) if rule.mode == "constant" else 0.0
+        return np.full(self._loaded.reader.saes[site].num_features, constant)
 
     def _scale(self, site: SiteKey) -> float:
         background = self._background(site)
@@ -100,16 +144,16 @@ class Answer:
             return background.mean_code or 1.0
         return 1.0
 
-    def _used(self, site: SiteKey, scale: float) -> UsedSae:
+    def _used(self, site: SiteKey) -> UsedSae:
         return UsedSae(
             hook_point=str(site.hook_point),
             sae=site.sae,
             num_features=self._loaded.reader.saes[site].num_features,
             digest=self._loaded.reader.loaded[site].digest,
-            scale=scale,
+            scale=self._scale(site),
         )
 
-    def _analyzed(self, used: list[UsedSae], num_scored: int, num_gated: int) -> Analyzed:
+    def _analyzed(self, rankings: Sequence[Ranking]) -> Analyzed:
         request, sequence, loaded = self._request, self._sequence, self._loaded
         backgrounds = loaded.backgrounds
         if backgrounds is not None:
@@ -130,24 +174,30 @@ class Answer:
             tokens_truncated=sequence.num_truncated,
             layers=sorted({site.hook_point.layer for site in self._sites}),
             streams=[s for s in STREAMS if any(site.hook_point.stream == s for site in self._sites)],
-            saes=used,
+            saes=[self._used(site) for site in self._sites],
+            given=sequence.given,
             text=sequence.text,
             token_filter=request.token_filter,
+            topk_tokens_per_seq=request.topk_tokens_per_seq,
             first_positions=self._masks.first_positions,
             max_norm_ratio=self._masks.max_norm_ratio,
             tau=self._tau_rule(),
             selectivity_background=subtracted,
             score_mode=request.score_mode,
+            normalize=request.normalize,
+            merge_across_layers=request.merge_across_layers,
+            return_top_x=request.return_top_x,
             min_coverage=request.min_coverage_pct,
-            features_scored=num_scored,
-            features_gated=num_gated,
+            features_scored=sum(ranking.num_fired for ranking in rankings),
+            features_gated=sum(ranking.num_gated for ranking in rankings),
+            passing_min_coverage=_passing(rankings),
             generation=generation,
             chat_template=request.chat_template,
             catalog=None if backgrounds is None else backgrounds.digest,
             model_digest=loaded.model_digest,
             dtype=loaded.dtype,
             version=version("sae-census"),
-            notes=self._notes(num_scored, num_gated),
+            notes=self._notes(rankings),
         )
 
     def _tau_rule(self) -> str:
@@ -156,7 +206,7 @@ class Answer:
             return "constant 0"
         return rule.mode if rule.mode in ("p95", "p95_nonzero") else f"{rule.mode} {rule.value:g}"
 
-    def _notes(self, num_scored: int, num_gated: int) -> list[str]:
+    def _notes(self, rankings: Sequence[Ranking]) -> list[str]:
         notes, request, backgrounds = [], self._request, self._loaded.backgrounds
         if not self._kept.any():
             notes.append("no token was kept: all are special tokens or masked")
@@ -165,40 +215,59 @@ class Answer:
                 f"a kept token is more than {SINK_RATIO:g} times as long as the median, which looks like an attention "
                 "sink; leave such tokens out with first_positions=1 or max_norm_ratio=10"
             )
-        if num_scored and num_scored == num_gated:
-            notes.append(
-                f"all {num_scored} features are below min_coverage_pct={request.min_coverage_pct:g}; lower it "
-                "(it is a fraction: 0.05 is one token in twenty)"
-            )
+        notes += self._gates(rankings)
         if backgrounds is None and request.tau.mode != "constant":
             notes.append(f"tau {request.tau.mode} needs a catalog and none was given: tau is 0")
         if backgrounds is not None and backgrounds.model_digest != self._loaded.model_digest:
             notes.append("the catalog was made with another model: backgrounds are of that model")
         return notes
 
-    def _feature(self, rank: int, score: float, site: SiteKey, found: Candidates, i: int) -> FoundFeature:
+    def _gates(self, rankings: Sequence[Ranking]) -> list[str]:
+        """Why the ranking is shorter than was asked for, and what would fill it."""
+        request, notes = self._request, []
+        num_fired, num_given = sum(r.num_fired for r in rankings), sum(len(r.ranked) for r in rankings)
+        num_asked = request.return_top_x * len(rankings)
+        if request.restrict_features:
+            num_asked = min(num_asked, sum(len(r.ranked) + len(r.below) for r in rankings))
+        would_pass = _passing(rankings)
+        if would_pass is not None:
+            advice = f"min_coverage_pct={math.floor(would_pass * 1e4) / 1e4:g} (a fraction of the kept tokens)"
+            more = "" if would_pass else f" or a smaller tau (now {self._tau_rule()})"
+            notes.append(
+                f"{sum(r.num_gated for r in rankings)} of {num_fired} features are below "
+                f"min_coverage_pct={request.min_coverage_pct:g}, and the ranking has {num_given} of the {num_asked} "
+                f"that were asked for; {advice}{more} would fill it; the best of the others stand in below_gate"
+            )
+        if num_fired < num_asked and self._kept.any():
+            left = int((self._allowed & ~self._kept).sum())
+            more = f"; topk_tokens_per_seq={request.topk_tokens_per_seq} left {left} other tokens out" if left else ""
+            notes.append(f"{num_fired} features fire on the kept tokens, and {num_asked} are asked for{more}")
+        return notes
+
+    def _told(self, one: _Candidate) -> dict[str, Any]:
+        """The fields of a `MeasuredFeature`."""
+        site, found, i = one.site, one.found, one.i
         feature = int(found.feature[i])
         label, source = self._label(site, feature)
-        return FoundFeature(
-            feature_id=feature,
-            layer=site.hook_point.layer,
-            stream=site.hook_point.stream,
-            hook_point=str(site.hook_point),
-            sae=site.sae,
-            rank=rank,
-            score=score,
-            scores=Scores(
+        return {
+            "feature_id": feature,
+            "layer": site.hook_point.layer,
+            "stream": site.hook_point.stream,
+            "hook_point": str(site.hook_point),
+            "sae": site.sae,
+            "score": one.score,
+            "scores": Scores(
                 mean=float(found.mean[i]),
                 coverage=float(found.coverage[i]),
                 max=float(found.max[i]),
                 selectivity=float(found.selectivity[i]),
             ),
-            tau=float(self._taus[site][feature]),
-            proto_label=label,
-            label_source=source,
-            catalog=self._against_catalog(site, found, i),
-            top_spans=self._spans(site, feature) if self._request.attach_examples else [],
-        )
+            "tau": float(self._taus[site][feature]),
+            "proto_label": label,
+            "label_source": source,
+            "catalog": self._against_catalog(site, found, i),
+            "top_spans": self._spans(site, feature) if self._request.attach_examples else [],
+        }
 
     def _label(self, site: SiteKey, feature: int) -> tuple[str | None, LabelSource | None]:
         table, background = self._loaded.labels.get(site, {}), self._background(site)
@@ -252,6 +321,10 @@ class Answer:
                 )
             )
         return spans
+
+
+def _passing(rankings: Sequence[Ranking]) -> float | None:
+    return min((ranking.passing for ranking in rankings if ranking.passing is not None), default=None)
 
 
 def allowed_tokens(loaded: Loaded, request: DiscoverRequest, sequence: Tokens) -> Bool[np.ndarray, " T"]:

@@ -21,6 +21,8 @@ class Sequence:
     chars: list[tuple[int, int]]
     """Characters of `text` that each token stands for."""
     text: str
+    given: str
+    """The text or prompt of the request."""
     num_generated: int = 0
     num_truncated: int = 0
 
@@ -39,6 +41,7 @@ def sequence_of(request: DiscoverRequest, tokenizer: Tokenizer, max_tokens: int)
     field = "text" if request.text is not None else "prompt"
     given = request.text if request.text is not None else request.prompt or ""
     mode: Mode = "text" if request.text is not None else "prompt+gen" if request.generate else "prompt"
+    asked = given
     if request.chat_template:
         if mode == "text":
             raise RequestError("chat_template wraps a prompt; raw text is analysed as it is", "chat_template")
@@ -63,7 +66,14 @@ def sequence_of(request: DiscoverRequest, tokenizer: Tokenizer, max_tokens: int)
             field if room > 0 else "gen_tokens",
         )
     text = given if len(ids) <= room else given[: chars[room - 1][1]]
-    return Sequence(mode=mode, ids=ids[:room], chars=chars[:room], text=text, num_truncated=max(len(ids) - room, 0))
+    return Sequence(
+        mode=mode,
+        ids=ids[:room],
+        chars=chars[:room],
+        text=text,
+        given=asked,
+        num_truncated=max(len(ids) - room, 0),
+    )
 
 
 def continued(sequence: Sequence, generated: Many[int], tokenizer: Tokenizer) -> Sequence:
