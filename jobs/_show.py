@@ -35,7 +35,7 @@ def highlighted(span: dict[str, Any], width: int = _SPAN_WIDTH) -> Text:
 
 
 def marked(tokens: list[str], peak: int, width: int = _SPAN_WIDTH) -> Text:
-    """The same for the tokens of a window, and the place of its peak among them."""
-    parts = tokens[:peak], tokens[peak : peak + 1], tokens[peak + 1 :]
+    """The same for the tokens of a window, and the place of its peak among them; a part of a character shows as �."""
+    parts = tokens[:peak], [tokens[peak] or "\ufffd"], tokens[peak + 1 :]
     before, at, after = (printable("".join(part)) for part in parts)
     return Text.assemble(before[-width * 2 // 3 :], (f"«{at}»", "bold"), after[: width // 3])

@@ -64,6 +64,8 @@ class SourceRecord(_Record):
     files_sha256: dict[str, str]
     """Of each shard's file, by shard id."""
     num_documents: int
+    num_with_bos: int = 0
+    """Documents whose text brought a BOS of its own; 0 in records from before they were counted."""
     tokens_truncated: int
     dropped: dict[str, int]
     """Bad records by reason."""

@@ -121,12 +121,12 @@ class Twin:
             inside = False
             num_contexts = 1
             for place, token in enumerate(ids):
-                queue = [token] if inside else [*self.bos, token]
+                queue = [token] if inside or [token] == self.bos else [*self.bos, token]
                 while queue:
                     if len(contexts[-1].ids) == corpus.context_length:
                         contexts.append(Context(slice_name, [], [], []))
                         num_contexts += 1
-                        queue, inside = [*self.bos, token], False
+                        queue, inside = [token] if [token] == self.bos else [*self.bos, token], False
                     now = contexts[-1]
                     start = now.run_starts[-1] if inside else len(now.ids)
                     now.ids.append(queue.pop(0))

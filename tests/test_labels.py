@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from pipeline.compute import labels
 from pipeline.compute import words as rules
@@ -373,6 +374,7 @@ def test_the_labels_of_a_catalog_are_those_of_its_spans(
     made: tuple[AnalyzeConfig, Catalog], site: tuple[str, str]
 ) -> None:
     catalog, found = made[1], column(made[1], site)
+    decode = AutoTokenizer.from_pretrained(made[0].model.id).decode
     spans, seen = [], set()
     for feature in found:
         for row in catalog.spans(*site, feature).to_pylist():
@@ -381,7 +383,14 @@ def test_the_labels_of_a_catalog_are_those_of_its_spans(
             if row["group"] not in ("low_activating", "non_activating") and address not in seen:
                 seen.add(address)
                 peak = row["position"] - row["start"]
-                spans.append(Span(feature=feature, context=hash(context), peak=peak, tokens=tuple(row["tokens"])))
+                spans.append(
+                    Span(
+                        feature=feature,
+                        context=hash(context),
+                        peak=peak,
+                        tokens=tuple(decode([i]) for i in row["token_ids"]),
+                    )
+                )
     assert list(found.values()) == slow_labels(spans, len(found), EASY_Z)
     dead = [row["feature_id"] for row in catalog.features.to_pylist() if row["dead"] and row["sae"] == site[1]]
     assert dead

@@ -97,6 +97,43 @@ def test_document_packing_gives_every_context_to_one_document(
     assert [sum(c.document_ids == [f"d{i}"] for c in contexts) for i in range(len(lengths))] == per_document
 
 
+@law
+@given(
+    st.lists(st.integers(1, 25), max_size=8),
+    lengths_of_contexts,
+    st.sampled_from(["concat", "document"]),
+    st.sampled_from(["chunk", "truncate"]),
+    st.sets(st.integers(0, 7)),
+)
+def test_documents_that_bring_their_bos_are_packed_as_those_that_get_one(
+    lengths: list[int],
+    length: int,
+    packing: Literal["concat", "document"],
+    long_documents: Literal["chunk", "truncate"],
+    bringing: set[int],
+) -> None:
+    def contexts(brought: set[int], *, doubles_bos: bool = False) -> list[Context]:
+        packer = Packer(
+            context_length=length,
+            packing=packing,
+            long_documents=long_documents,
+            bos_id=BOS,
+            doubles_bos=doubles_bos,
+        )
+        documents = documents_of(lengths)
+        return list(packer.pack((d, [BOS] * (i in brought) + ids) for i, (d, ids) in enumerate(documents)))
+
+    assert contexts(bringing) == contexts(set())
+    if bringing & set(range(len(lengths))):
+        assert contexts(bringing, doubles_bos=True) != contexts(set())
+
+
+def test_a_run_that_goes_on_at_a_bos_inside_its_text_has_that_one() -> None:
+    packer = Packer(context_length=4, packing="document", long_documents="chunk", bos_id=BOS)
+    found = [context.input_ids for context in packer.pack([("d", [5, 6, 7, BOS, 8, BOS, 9, 10, 11])])]
+    assert found == [[BOS, 5, 6, 7], [BOS, 8, BOS, 9], [BOS, 10, 11]]
+
+
 # --- masks --------------------------------------------------------------------------------------------------
 
 B, T = 4, 6

@@ -470,7 +470,9 @@ def test_rows_of_the_job_add_up_to_the_codes_of_the_catalog(store: Path) -> None
         inside = [row["source_token"] for row in sources[span["start"] :]]
         assert inside == span["tokens"][: len(inside)]
     with (catalog.attached / "sources.csv").open(newline="", encoding="utf-8") as file:
-        assert [row["source_token"] or None for row in csv.DictReader(file)] == [row["source_token"] for row in rows]
+        assert [row["source_token"] or None for row in csv.DictReader(file)] == [
+            row["source_token"] or None for row in rows
+        ]
     facts = json.loads((catalog.attached / "trace.json").read_text())
     assert facts["catalog_digest"] == catalog.digest
     assert Catalog(store, "tiny").digest == catalog.digest
@@ -662,7 +664,7 @@ def test_text_of_a_corpus_cannot_become_markup() -> None:
 def test_the_page_of_the_job_shows_tokens_as_text(store: Path, tmp_path: Path, monkeypatch: Any) -> None:
     from pipeline.io.tokenizer import Tokenizer
 
-    monkeypatch.setattr(Tokenizer, "tokens", lambda self, ids: ["<script>" for _ in ids])
+    monkeypatch.setattr(Tokenizer, "token_texts", lambda self, rows: [["<script>" for _ in ids] for ids in rows])
     trace(config(store, best=1, spans=1, out=str(tmp_path)), quiet)
     body = (tmp_path / "sources.html").read_text()
     assert "<script" not in body

@@ -1,8 +1,9 @@
 """Documents to contexts: the rules that decide which tokens stand beside which.
 
 `concat` joins documents end to end and cuts every T tokens; `document` gives each document contexts of its
-own. With BOS on, every run (a document's part in a context) begins with one. A context remembers which document
-each run belongs to, so that no span crosses a document.
+own. With BOS on, every run (a document's part in a context) begins with one: its own, if its text brought one there
+(a chat template writes it), else one put before it; further ones inside a text stay as they are. A context remembers
+which document each run belongs to, so that no span crosses a document.
 """
 
 from collections.abc import Iterable, Iterator
@@ -35,6 +36,8 @@ class Packer:
     long_documents: Literal["chunk", "truncate"]
     bos_id: int | None
     """None: no BOS."""
+    doubles_bos: bool = False
+    """Put a BOS before text that brought its own, too, as preparations of format 1 do."""
     tokens_truncated: int = 0
     """Tokens that truncation has dropped."""
 
@@ -42,11 +45,11 @@ class Packer:
         """Contexts of these (document id, token ids), each of T tokens; only the last of `concat`, and any
         of `document`, may be shorter.
         """
-        bos = [] if self.bos_id is None else [self.bos_id]
         context = Context()
         for document_id, ids in documents:
             start = 0
             while start < len(ids):
+                bos = [] if self.bos_id is None or self._has_bos(ids[start]) else [self.bos_id]
                 room = self.context_length - len(context.input_ids) - len(bos)
                 context.extend(document_id, bos + ids[start : start + room])
                 start += room
@@ -58,3 +61,6 @@ class Packer:
                     break
         if context.input_ids:
             yield context
+
+    def _has_bos(self, first: int) -> bool:
+        return first == self.bos_id and not self.doubles_bos

@@ -119,4 +119,5 @@ def _about_source(record: SourceRecord) -> dict[str, Any]:
         "shards": [shard.shard_id for shard in record.shards],
         "records_dropped": record.dropped,
         "tokens_truncated": record.tokens_truncated,
+        "documents_with_bos": record.num_with_bos,
     }

@@ -121,6 +121,10 @@ class Filling:
             )
         if dropped:
             self.voice.say(f"{dropped.total()} records are not used ({reasons}); they are listed in {where}")
+        if brought := sum(record.num_with_bos for record in records):
+            documents = f"{brought:,} of {sum(record.num_documents for record in records):,} documents"
+            gets = "get a second" if self.identity.preparation["format"] == 1 else "get no second"
+            self.voice.say(f"{documents} begin with a BOS of their own (a chat template writes one) and {gets}")
 
     def _map(self, shards: list[ShardRecord]) -> tuple[plan.Receipts, list[Failure]]:
         """The receipts of all shards that have one for every SAE, from earlier runs or this one; and what failed."""

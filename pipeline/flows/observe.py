@@ -100,7 +100,7 @@ def observe_prompts(
         model: a decoder with a transformers config.
         tokenizer: of that model; its padding side and padding token do not matter.
         sae: as from `load_sae`, or in canonical form.
-        prompts: texts, tokenized as the tokenizer does by itself.
+        prompts: texts, tokenized as the tokenizer does by itself; one that brings its own BOS gets no second.
         layer_idx: the block whose output is read, or whose stream, if the SAE says that it belongs to another.
         apply_chat_template: put each prompt as one user's message into the chat template, and let the assistant's
             turn begin.
@@ -155,11 +155,20 @@ def _token_ids(tokenizer: Any, prompts: Sequence[str], apply_chat_template: bool
             )
         else:
             encoded = tokenizer(prompt, return_tensors="pt")
-        ids: Tensor = encoded["input_ids"][0]
+        ids: Tensor = _one_bos(tokenizer, prompt, encoded["input_ids"][0])
         if not len(ids):
             raise ValueError(f"prompt {index} ({prompt!r}) has no tokens, so it has no last one")
         found.append(ids)
     return found
+
+
+def _one_bos(tokenizer: Any, prompt: str, ids: Tensor) -> Tensor:
+    """The ids of a prompt without the BOS that the tokenizer put before one that the prompt brought."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None or ids[:2].tolist() != [bos, bos]:
+        return ids
+    brought = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return ids[1:] if len(brought) < len(ids) and brought[:1] == [bos] else ids
 
 
 def _last_activations(model: Any, ids: Sequence[Tensor], point: HookPoint, batch_size: int) -> Tensor:

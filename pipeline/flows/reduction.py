@@ -37,7 +37,8 @@ class Chosen:
     receipts: plan.Receipts
     """Of the same shards for every SAE."""
     sources: Sequence[Mapping[str, Any]]
-    """What the manifest says of every source: its id, slice, names, shards, records dropped, tokens truncated."""
+    """What the manifest says of every source: its id, slice, names, shards, records dropped, tokens truncated, and
+    documents with a BOS of their own."""
     missing: Sequence[str] = ()
     """Shards that should be in it and could not be analysed."""
     weights: Mapping[str, int]
@@ -136,6 +137,7 @@ def _facts(chosen: Chosen, blobs: LocalBlobs, units: Sequence[Sequence[Unit]]) -
             "tokens": _tokens(chosen.sites, receipts),
             "records_dropped": dict(sorted(dropped.items())),
             "tokens_truncated": sum(source["tokens_truncated"] for source in chosen.sources),
+            "documents_with_bos": sum(source.get("documents_with_bos", 0) for source in chosen.sources),
             "sources": sorted(chosen.sources, key=lambda source: (source["slice"], source["source_id"])),
         },
         "fraction_of_variance_unexplained": {k: None if np.isnan(v) else v for k, v in fits.items()},

@@ -55,6 +55,7 @@ def overview(catalog: Catalog, num_with_spans: int | None) -> Plain:
         "shards_missing": len(coverage["missing"]),
         "records_dropped": sorted(coverage["records_dropped"].items()),
         "tokens_truncated": coverage["tokens_truncated"],
+        "documents_with_bos": coverage.get("documents_with_bos", 0),
         "chunk": CHUNK,
         "features_with_spans": num_with_spans,
         "sites": [SiteData(catalog, site).facts() for site in by_layer(catalog)],
@@ -228,14 +229,14 @@ class SiteData:
 
 
 def _tokens(rows: tables.Table) -> tuple[list[list[Any]], np.ndarray]:
-    """Id and text of the different tokens, the most frequent first, and the place of every token among them."""
+    """Id and text of the different tokens, the most frequent first, and the place of every token among them.
+
+    An id has several texts where it is a part of several characters.
+    """
     _, ids = tables.ragged(rows, "token_ids")
     _, texts = tables.ragged(rows, "tokens")
-    different, first, inverse, counts = np.unique(ids, return_index=True, return_inverse=True, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
-    return [[int(different[i]), texts[first[i]]] for i in order], place[inverse]
+    different, places = _interned(zip(ids.tolist(), texts, strict=True))
+    return [list(pair) for pair in different], np.array(places, np.int64)
 
 
 def _of_features(rows: tables.Table, shown: np.ndarray | None, start: int, stop: int) -> tables.Table:

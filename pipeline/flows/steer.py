@@ -147,9 +147,7 @@ def _check_alive(
 
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    ids = tokenizer.encode([prompt])[0]
-    if tokenizer.adds_bos and tokenizer.bos_id is not None:
-        ids = [tokenizer.bos_id, *ids]
+    ids = tokenizer.with_bos(tokenizer.encode([prompt])[0])
     if not ids:
         raise ConfigError("prompt is empty; expected some text")
     return torch.tensor([ids])
@@ -181,9 +179,10 @@ def _write(
         for name, several in edits.items()
         for one in several
     )
+    words = tokenizer.token_texts([ids[0].tolist()])[0]
     text = Text(
-        continuation=tokenizer.decode(ids[0, start.shape[1] :].tolist()),
-        tokens=tuple(tokenizer.tokens(ids[0, :-1].tolist())),
+        continuation="".join(words[start.shape[1] :]),
+        tokens=tuple(words[:-1]),
         edited=edited,
     )
     return text, ids

@@ -34,9 +34,7 @@ def make_token_df(tokens: Tensor, model: LanguageModel, len_prefix: int = 5, len
 
 def _token_columns(tokens: Tensor, model: LanguageModel, len_prefix: int = 5, len_suffix: int = 1) -> dict[str, Any]:
     num_contexts, num_positions = tokens.shape
-    vocabulary, word = torch.unique(tokens, return_inverse=True)
-    texts = [text.translate(_READABLE) for text in model.tokenizer.tokens(vocabulary.tolist())]
-    rows = [[texts[i] for i in row] for row in word.tolist()]
+    rows = [[text.translate(_READABLE) for text in row] for row in model.tokenizer.token_texts(tokens.tolist())]
     batch, pos = np.indices((num_contexts, num_positions)).reshape(2, -1).tolist()
     contexts = [
         f"{''.join(row[max(0, p - len_prefix) : p])}|{row[p]}|{''.join(row[p + 1 : p + 1 + len_suffix])}"

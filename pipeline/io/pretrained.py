@@ -12,11 +12,12 @@ import shutil
 from collections.abc import Iterable, Sequence
 from logging import ERROR, getLogger
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline.errors import CheckpointError
-from pipeline.io import embedded
+from pipeline.io import embedded, gguf_tokenizer
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -39,18 +40,21 @@ def _sha256(paths: Iterable[Path]) -> str:
 
 
 def _convert_gguf(path: Path) -> Path:
-    """The cached safetensors directory of a GGUF file; made at the first call, named by the file's digest."""
+    """The cached safetensors directory of a GGUF file; made at the first call, named by the file's digest.
+
+    The version of the rules for tokenizers is in the name, so that a conversion under other rules is made anew.
+    """
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise CheckpointError(f"{path} is not a GGUF file: it does not begin with the bytes 'GGUF'")
-    target = embedded.cache_dir() / "models" / _sha256([path])[:16]
+    target = embedded.cache_dir() / "models" / f"{_sha256([path])[:16]}-{gguf_tokenizer.RULES_VERSION}"
     if (target / "config.json").exists():
         return target
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = _gguf_tokenizer(path)
         with contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         # The loader leaves the quantisation's description in the config, and then refuses to save itself.
@@ -66,6 +70,20 @@ def _convert_gguf(path: Path) -> Path:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return target
+
+
+def _gguf_tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    found = gguf_tokenizer.read_tokenizer(path)
+    if found is None:
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=found.backend,
+        chat_template=found.chat_template,
+        clean_up_tokenization_spaces=False,
+        **found.special,
+    )
 
 
 def resolve(model_id: str, revision: str | None) -> Path | str:

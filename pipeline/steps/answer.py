@@ -316,7 +316,7 @@ class Answer:
                     char=[begin, end],
                     act=float(strengths[i]),
                     peak=int(peaks[i]),
-                    tokens=self._loaded.reader.tokenizer.tokens(sequence.ids[start:stop]),
+                    tokens=[sequence.text[first:last] for first, last in sequence.chars[start:stop]],
                     values=values.tolist(),
                 )
             )

@@ -23,8 +23,8 @@ from pipeline.records import ShardRecord, SourceRecord, digest_of
 from pipeline.steps import layout
 
 _BATCH_CHARS = 1 << 20
-FORMAT = 1
-"""Raise it when shards are cut or written in another way."""
+FORMAT = 2
+"""Raise it when shards are cut or written in another way. 1 put a BOS before text that brought its own, too."""
 
 
 def read_settings(corpus: CorpusConfig) -> ReadSettings:
@@ -115,6 +115,7 @@ class Preparer:
             shards=tuple(shards),
             files_sha256=digests,
             num_documents=counts["documents"],
+            num_with_bos=counts["with_bos"],
             tokens_truncated=packer.tokens_truncated,
             dropped=dict(sorted(Counter(b.reason for b in bad).items())),
         )
@@ -130,6 +131,7 @@ class Preparer:
             packing=corpus.packing,
             long_documents=corpus.long_documents,
             bos_id=bos_id,
+            doubles_bos=fields["format"] == 1,
         )
 
     def _encoded(self, source: Source, bad: list[BadRecord], counts: Counter[str]) -> Iterator[tuple[str, list[int]]]:
@@ -151,6 +153,7 @@ class Preparer:
         if batch:
             for document, ids in zip(batch, self._tokenizer.encode([d.text for d in batch]), strict=True):
                 counts["documents"] += 1
+                counts["with_bos"] += ids[:1] == [self._tokenizer.bos_id] and not self._tokenizer.encodes_bos
                 yield document.document_id, ids
 
     def _shards(self, contexts: Iterator[Context]) -> Iterator[list[Context]]:

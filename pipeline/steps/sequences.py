@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from pipeline.config import DiscoverRequest
@@ -19,7 +20,7 @@ class Sequence:
     ids: list[int]
     """Never empty."""
     chars: list[tuple[int, int]]
-    """Characters of `text` that each token stands for."""
+    """Characters of `text` that each token stands for, without a gap between them."""
     text: str
     given: str
     """The text or prompt of the request."""
@@ -28,7 +29,7 @@ class Sequence:
 
 
 def sequence_of(request: DiscoverRequest, tokenizer: Tokenizer, max_tokens: int) -> Sequence:
-    """The tokens of a request, before any continuation. A BOS comes first if the tokenizer adds one itself.
+    """The tokens of a request, before any continuation. One BOS comes first if the tokenizer adds one itself.
 
     Args:
         request: with a text or a prompt.
@@ -53,8 +54,8 @@ def sequence_of(request: DiscoverRequest, tokenizer: Tokenizer, max_tokens: int)
         ids, chars = tokenizer.encode_with_offsets(given)
     except (TypeError, UnicodeEncodeError) as error:
         raise RequestError(f"{field} is not valid Unicode text", field) from error
-    if tokenizer.adds_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
-        ids, chars = [tokenizer.bos_id, *ids], [(0, 0), *chars]
+    if len(behind_bos := tokenizer.with_bos(ids)) > len(ids):
+        ids, chars = behind_bos, [(0, 0), *chars]
     if not ids:
         raise RequestError(f"{field} gives no token", field)
     room = max_tokens - (request.gen_tokens if mode == "prompt+gen" else 0)
@@ -78,20 +79,12 @@ def sequence_of(request: DiscoverRequest, tokenizer: Tokenizer, max_tokens: int)
 
 def continued(sequence: Sequence, generated: Many[int], tokenizer: Tokenizer) -> Sequence:
     """The sequence with its continuation."""
-    # After the last token of the prompt, because decoders strip the space before a text's first word.
-    last = sequence.ids[-1]
-    skipped = len(tokenizer.decode_many([[last]])[0])
-    rows = [[last, *generated[:n]] for n in range(1, len(generated) + 1)]
-    texts = [text[skipped:] for text in tokenizer.decode_many(rows)]
-    # A prefix may end inside a character, which then shows as �: it belongs to the token that completes it.
-    ends = [len(sequence.text) + len(text.rstrip("\ufffd")) for text in texts]
-    whole = sequence.text + (texts[-1] if texts else "")
-    ends = [*ends[:-1], len(whole)] if ends else []
-    starts = [len(sequence.text), *ends[:-1]]
+    texts = tokenizer.token_texts([[sequence.ids[-1], *generated]])[0][1:]
+    ends = list(accumulate(map(len, texts), initial=len(sequence.text)))
     return replace(
         sequence,
         ids=[*sequence.ids, *generated],
-        chars=[*sequence.chars, *zip(starts, ends, strict=False)],
-        text=whole,
+        chars=[*sequence.chars, *pairwise(ends)],
+        text=sequence.text + "".join(texts),
         num_generated=len(generated),
     )

@@ -135,7 +135,9 @@ def attach(
     picked = [ids[i] for i in kept]
     flat_ids = np.concatenate([np.zeros(0, np.int32), *picked])
     offsets = np.concatenate([[0], np.cumsum(lengths[kept])])
-    vocabulary, word = np.unique(flat_ids, return_inverse=True)
+    words = tokenizer.token_texts([p.tolist() for p in picked])
+    of_word = {text: i for i, text in enumerate(dict.fromkeys(text for row in words for text in row))}
+    word = np.array([of_word[text] for row in words for text in row], np.int64)
     flat_places, _ = take_ranges(values.start[:-1][kept], values.start[1:][kept])
     chosen = addresses.where(kept)
     table = tables.table(
@@ -154,8 +156,8 @@ def attach(
             "start": starts[kept],
             "stop": stops[kept],
             "value": chosen.value,
-            "text": tokenizer.decode_many([p.tolist() for p in picked]),
-            "tokens": tables.lists(offsets, word, tokenizer.tokens(vocabulary.tolist())),
+            "text": ["".join(row) for row in words],
+            "tokens": tables.lists(offsets, word, list(of_word)),
             "token_ids": tables.lists(offsets, flat_ids),
             "values": tables.lists(offsets, values.values[flat_places]),
         },

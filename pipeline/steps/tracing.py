@@ -153,7 +153,7 @@ class Tracer:
         for context_id in sorted({span.context_id for span in task}):
             spans = [span for span in task if span.context_id == context_id]
             input_ids = contexts[context_id].as_py()
-            words = self._reader.tokenizer.tokens(input_ids)
+            words = self._reader.tokenizer.token_texts([input_ids])[0]
             probes = [
                 Probe(
                     hook_point=span.site.hook_point,

@@ -201,6 +201,7 @@ function about() {
       ["not counted", masks || "nothing but padding"],
       ["coverage", facts.shards_missing ? `${facts.shards} shards; ${facts.shards_missing} failed and are missing` : `all ${facts.shards} shards`],
       facts.records_dropped.length && ["left out", shown(facts.records_dropped.map(([reason, n]) => `${whole(n)} records: ${reason}`).join("; "))],
+      facts.documents_with_bos && ["BOS", `${whole(facts.documents_with_bos)} documents brought their own`],
       facts.tokens_truncated && ["truncated", `${whole(facts.tokens_truncated)} tokens`],
       facts.features_with_spans !== null && ["spans", `only of the ${whole(facts.features_with_spans)} best ranked features of each SAE`],
       ["digest", el("code", { title: facts.digest }, facts.digest.slice(0, 16))],
