@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.io import told
 from pipeline.io.pretrained import digest, first_line, resolve
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
@@ -14,13 +15,24 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.tx
 class Tokenizer:
     """Text to token ids and back, with the few facts about special tokens that the pipeline needs."""
 
-    def __init__(self, model_id: str, revision: str | None = None, *, trust_remote_code: bool = False):
+    def __init__(
+        self,
+        model_id: str,
+        revision: str | None = None,
+        *,
+        trust_remote_code: bool = False,
+        fix_mistral_regex: bool | None = None,
+    ):
         from transformers import AutoTokenizer
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         source = resolve(model_id, revision)
+        chosen = {} if fix_mistral_regex is None else {"fix_mistral_regex": fix_mistral_regex}
         try:
-            self._inner = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+            with told.hearing():
+                self._inner = AutoTokenizer.from_pretrained(
+                    source, revision=revision, trust_remote_code=trust_remote_code, **chosen
+                )
         except Exception as error:
             raise CheckpointError(f"no tokenizer could be loaded from {model_id}: {first_line(error)}") from error
         self._inner.model_max_length = int(1e30)  # we cut contexts ourselves; no warning about length
