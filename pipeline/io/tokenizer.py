@@ -47,7 +47,8 @@ class Tokenizer:
         probe = self._inner("a")["input_ids"]
         self.adds_bos = self.bos_id is not None and probe[:1] == [self.bos_id]
         commit = self._inner.init_kwargs.get("_commit_hash")
-        rules = json.dumps([self.special_ids, self.bos_id, self.pad_id, self.adds_bos])
+        mended = [True] if fix_mistral_regex else []
+        rules = json.dumps([self.special_ids, self.bos_id, self.pad_id, self.adds_bos, *mended])
         self.digest = hashlib.sha256((digest(source, TOKENIZER_FILES, commit) + rules).encode()).hexdigest()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
