@@ -33,7 +33,7 @@ from pipeline.config.serve import LOOPBACK, LimitsConfig
 from pipeline.errors import ConfigError, RequestError
 from pipeline.findings import Discovery
 from pipeline.flows.catalog import Catalog, catalog_names
-from pipeline.flows.discover import open_discoverer
+from pipeline.flows.discover import open_discoverer, plan_of
 from pipeline.flows.status import runs
 from pipeline.io.blobs import LocalBlobs
 from pipeline.steps.discoverer import Discoverer
@@ -265,8 +265,10 @@ def deploy(config: ServeConfig) -> Any:
     """The application as a Ray Serve deployment, for `serve.run`; every replica loads the model."""
     from ray import serve
 
+    planned = plan_of(config)  # every replica is the same, also one that starts days later
+
     def build() -> FastAPI:
-        return make_app(config, partial(open_discoverer, config))
+        return make_app(config, partial(open_discoverer, config, planned))
 
     @serve.deployment(num_replicas=config.replicas, ray_actor_options={"num_cpus": config.threads})
     @serve.ingress(build)

@@ -34,6 +34,7 @@ from pipeline.io.hooks import FAMILIES, find_blocks, taps_of
 from pipeline.io.unembedding import FINAL_NORMS, read_unembedding, read_writing
 from pipeline.steps.logits import LogitSettings, LogitWorker, top_tokens
 from pipeline.steps.partial import RangeTask
+from pipeline.steps.parts import Provenance
 from pipeline.types import HookPoint, SiteKey
 
 D, V = 16, 64
@@ -533,9 +534,7 @@ def test_a_catalog_never_grants_trust(catalog, monkeypatch):
     monkeypatch.setitem(catalog.manifest["config"]["model"], "trust_remote_code", True)
     monkeypatch.setattr("pipeline.flows.attribute.Catalog", lambda *_: catalog)
     seen = []
-    monkeypatch.setattr(
-        "pipeline.flows.attribute.model_facts", lambda *_, trust_remote_code: seen.append(trust_remote_code)
-    )
+    monkeypatch.setattr("pipeline.flows.attribute.facts_of", lambda model: seen.append(model.trust_remote_code))
     with pytest.raises(AttributeError):
         attribute(attribute_config(catalog), quietly)
     assert seen == [False]
@@ -554,7 +553,8 @@ def test_a_damaged_snapshot_is_not_carried_on(copied, tmp_path):
 def test_workers_and_their_results_travel_between_processes(catalog, model_dir, sae_dirs):
     config = catalog.manifest["config"]
     asked = AttributeConfig(model=config["model"], saes=config["saes"], logits=ATTRIBUTED["logits"])
-    settings = LogitSettings(model=asked.model, saes=asked.saes, logits=asked.logits, threads=1)
+    planned = Provenance.of_measure(catalog.manifest["identity"]["measure"])
+    settings = LogitSettings(model=asked.model, saes=asked.saes, logits=asked.logits, threads=1, planned=planned)
     result = LogitWorker(pickle.loads(pickle.dumps(settings))).run(RangeTask(site=1, start=10, stop=12))
     rows = tables.from_ipc(pickle.loads(pickle.dumps(result)).logits).to_pylist()
     assert [row["logit"] for row in rows if row["feature_id"] == 11] == pytest.approx(

@@ -1,6 +1,5 @@
 """Edits against the formula written out, and the two jobs that make them: steered text, and what ablation costs."""
 
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -530,7 +529,7 @@ def test_the_tokens_of_the_catalog_are_followed_on_demand(
 
 
 @hydra_leaks
-def test_the_job_prints_intervals_and_names_what_it_skips(run: Run, catalog: Catalog, tmp_path: Path) -> None:
+def test_the_job_prints_intervals_and_names_what_it_skips(run: Run, catalog: Catalog) -> None:
     base = [f"store.root={root_of(catalog)}", "catalog.name=mine", "cluster.threads_per_worker=1", "contexts=3"]
     best = catalog.best(1, LATE)["feature_id"][0].as_py()
     code, out, err = run("ablate", *base, "sae=late", f"features=[5,{best}]", "group=top", "spans=4")
@@ -548,14 +547,4 @@ def test_the_job_prints_intervals_and_names_what_it_skips(run: Run, catalog: Cat
         ("catalog.name=yours", "there is no catalog 'yours'"),
     ):
         code, _, err = run("ablate", *base, "sae=late", override)
-        assert (code, sentence in err) == (2, True), err
-    root = shutil.copytree(root_of(catalog), tmp_path / "other")
-    manifest = root / "catalogs" / "mine" / "000001" / "manifest.json"
-    made = json.loads(manifest.read_text())
-    for where, sentence in (("model", "is no longer what catalog mine was made with"), ("saes", "SAE blocks.")):
-        spoilt = json.loads(json.dumps(made))
-        known = spoilt["identity"]["measure"][where]
-        known["digest" if where == "model" else next(iter(known))] = "0"
-        manifest.write_text(json.dumps(spoilt))
-        code, _, err = run("ablate", f"store.root={root}", "catalog.name=mine", "cluster.threads_per_worker=1")
         assert (code, sentence in err) == (2, True), err

@@ -26,6 +26,9 @@ class ModelConfig(Section):
     """auto: the GPU where there is one, else cpu."""
     trust_remote_code: bool = False
     """Run model code from the hub. Off unless you have read that code."""
+    fix_mistral_regex: bool | None = None
+    """Mistral tokenizers saved by transformers before 5.0 split words by a wrong rule, and transformers warns of it.
+    true: mend it; false: keep the old ids, as for SAEs trained on them; null: keep them and be warned."""
 
 
 class SaeConfig(Section):

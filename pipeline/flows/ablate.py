@@ -15,18 +15,17 @@ import numpy as np
 
 from pipeline.compute.effects import mean_interval
 from pipeline.config import AblateConfig, AnalyzeConfig
-from pipeline.errors import ConfigError, IdentityError
+from pipeline.errors import ConfigError
 from pipeline.flows.catalog import Catalog
 from pipeline.flows.choice import chosen_features
 from pipeline.io import schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device
-from pipeline.io.model import model_facts
 from pipeline.io.tokenizer import Tokenizer
 from pipeline.steps import layout
 from pipeline.steps.ablation import Ablation, AblationTask, Ablator, SpanAddress
 from pipeline.steps.cluster import run_tasks
-from pipeline.steps.reader import load_saes
+from pipeline.steps.parts import Provenance, tokenizer_of
 from pipeline.types import HookPoint, SiteKey
 
 
@@ -61,11 +60,12 @@ def ablate(config: AblateConfig, say: Callable[[str], None] = lambda text: None)
         Ablator,
         how,
         catalog.manifest["preparation_id"],
+        Provenance.of_measure(catalog.manifest["identity"]["measure"], f"catalog {config.catalog.name!r}"),
         num_rows=config.contexts,
         num_tokens=config.num_tokens,
         seed=config.seed,
     )
-    tokenizer = Tokenizer(how.model.id, how.model.revision, trust_remote_code=how.model.trust_remote_code)
+    tokenizer = tokenizer_of(how.model)
     needs_gpu = choose_device(how.model.device).type == "cuda"
     rows: dict[AblationTask, dict[str, Any]] = {}
     failures = []
@@ -91,21 +91,9 @@ def ablate(config: AblateConfig, say: Callable[[str], None] = lambda text: None)
 
 
 def _settings(config: AblateConfig, catalog: Catalog) -> AnalyzeConfig:
-    """The catalog's own settings, with today's store and cluster; model and SAEs proved to be the same."""
-    made = catalog.manifest
+    """The catalog's own settings, with today's store and cluster."""
     now = {"store": config.store.model_dump(), "cluster": config.cluster.model_dump()}
-    how = AnalyzeConfig.model_validate(made["config"] | now)
-    known = made["identity"]["measure"]
-    facts = model_facts(how.model.id, how.model.revision, trust_remote_code=how.model.trust_remote_code)
-    changed = [f"model {how.model.id}"] if facts.digest != known["model"]["digest"] else []
-    saes = load_saes(how.saes).items()
-    changed += [f"SAE {site}" for site, loaded in saes if loaded.digest != known["saes"].get(str(site))]
-    if changed:
-        raise IdentityError(
-            f"{', '.join(changed)} is no longer what catalog {config.catalog.name} was made with; bring it back, or "
-            "make a catalog of what there is now"
-        )
-    return how
+    return AnalyzeConfig.model_validate(catalog.manifest["config"] | now)
 
 
 def _tasks(

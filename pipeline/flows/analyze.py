@@ -103,7 +103,13 @@ def _attribute(filling: Filling, draft: publish.Draft, todo: list[RangeTask]) ->
     if not config.logits.top_k:
         return {}
     threads = config.cluster.threads_per_worker
-    settings = LogitSettings(model=config.model, saes=config.saes, logits=config.logits, threads=threads)
+    settings = LogitSettings(
+        model=config.model,
+        saes=config.saes,
+        logits=config.logits,
+        threads=threads,
+        planned=filling.identity.provenance,
+    )
     with filling.blobs.writing():
         written = write_logits(draft.folder, settings, todo, config.cluster, filling.voice)
     facts, filling.seconds["logits"] = written

@@ -18,8 +18,6 @@ from pipeline.flows.catalog import Catalog
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.hooks import check_point
-from pipeline.io.model import model_facts
-from pipeline.io.tokenizer import Tokenizer
 from pipeline.records import canonical
 from pipeline.steps import layout, publish, ranges
 from pipeline.steps.cluster import run_tasks
@@ -34,6 +32,7 @@ from pipeline.steps.logits import (
 )
 from pipeline.steps.outcomes import in_order, result_of
 from pipeline.steps.partial import RangeTask
+from pipeline.steps.parts import Provenance, facts_of, tokenizer_of
 from pipeline.steps.progress import Voice, new_run
 from pipeline.steps.reader import load_saes
 
@@ -98,7 +97,7 @@ def _to_folder(config: AttributeConfig, say: Callable[[str], None] | None) -> At
     with publish.Draft(blobs, (), {}) as draft:
         voice = Voice(blobs, "events.jsonl", say)
         with blobs.writing():
-            facts, seconds = write_logits(draft.folder, _settings(config), todo, config.cluster, voice)
+            facts, seconds = write_logits(draft.folder, _settings(config, about), todo, config.cluster, voice)
         files = publish.digests(draft.folder)
         blobs.delete("manifest.json")
         for name in files:
@@ -117,7 +116,7 @@ def _to_catalog(config: AttributeConfig, name: str, say: Callable[[str], None] |
         draft.copy(old.folder, kept)
         voice = Voice(blobs, layout.events(new_run()), say)
         with blobs.writing():
-            facts, seconds = write_logits(draft.folder, _settings(config), todo, config.cluster, voice)
+            facts, seconds = write_logits(draft.folder, _settings(config, about), todo, config.cluster, voice)
         if publish.snapshots(blobs, name)[-1] != old.number:
             raise CensusError(f"catalog {name!r} has got a new snapshot meanwhile; run the same command again")
         volatile = {
@@ -130,9 +129,14 @@ def _to_catalog(config: AttributeConfig, name: str, say: Callable[[str], None] |
     return Attribution(folder=publish.folder_of(blobs, name, number), is_new=is_new, seconds=seconds)
 
 
-def _settings(config: AttributeConfig) -> LogitSettings:
-    threads = config.cluster.threads_per_worker
-    return LogitSettings(model=config.model, saes=config.saes, logits=config.logits, threads=threads)
+def _settings(config: AttributeConfig, about: dict[str, Any]) -> LogitSettings:
+    return LogitSettings(
+        model=config.model,
+        saes=config.saes,
+        logits=config.logits,
+        threads=config.cluster.threads_per_worker,
+        planned=Provenance.of_measure(about),
+    )
 
 
 def _with_parts_of(catalog: Catalog, config: AttributeConfig) -> AttributeConfig:
@@ -161,8 +165,7 @@ def _identify(config: AttributeConfig) -> tuple[dict[str, Any], list[RangeTask]]
         UserError: if model and SAEs do not belong together, or cannot be read.
     """
     model = config.model
-    facts = model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code)
-    tokenizer = Tokenizer(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+    facts, tokenizer = facts_of(model), tokenizer_of(model)
     saes = load_saes(config.saes)
     for key in saes:
         check_point(key.hook_point, facts.taps, facts.num_layers)

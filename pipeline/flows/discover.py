@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,11 +25,11 @@ from pipeline.io import device, embedded
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.memo import ArrayCache
-from pipeline.io.model import model_facts
 from pipeline.records import digest_of
 from pipeline.steps.background import load_backgrounds, read_labels, snapshot_folder
 from pipeline.steps.cluster import run_tasks
 from pipeline.steps.discoverer import Discoverer
+from pipeline.steps.parts import Provenance, facts_of, tokenizer_of
 from pipeline.steps.progress import Voice
 from pipeline.steps.reader import Reader, load_saes
 from pipeline.steps.requests import Loaded
@@ -39,8 +39,12 @@ CHUNK_LINES = 128
 MAX_LINE_BYTES = 8 << 20
 
 
-def open_discoverer(config: DiscoveryConfig) -> Discoverer:
+def open_discoverer(config: DiscoveryConfig, planned: Provenance | None = None) -> Discoverer:
     """Load model, SAEs and background.
+
+    Args:
+        config: names them.
+        planned: what model, tokenizer and SAEs have to be; None: whatever lies there.
 
     Raises:
         UserError: if they cannot be read or do not belong together.
@@ -48,8 +52,8 @@ def open_discoverer(config: DiscoveryConfig) -> Discoverer:
     model = config.model
     chosen = choose_device(model.device)
     numerics = device.configure(config.threads, chosen)
-    facts = model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code)
-    reader = Reader(model, config.saes)
+    reader = Reader(model, config.saes, planned)
+    facts = reader.model.facts
     dtype = str(choose_dtype(model.dtype, chosen)).removeprefix("torch.")
     identity = {"model": facts.digest, "dtype": dtype, "tokenizer": reader.tokenizer.digest, "numerics": numerics}
     folder = embedded.cache_dir() / "discover"
@@ -90,6 +94,7 @@ class Batch:
     """What a worker needs to answer chunks of a file of prompts."""
 
     config: DiscoveryConfig
+    planned: Provenance
     request: dict[str, Any]
     """Fields of every request but its text."""
     prompts: str
@@ -119,7 +124,7 @@ class BatchWorker:
     """Answers chunks one by one."""
 
     def __init__(self, batch: Batch):
-        self._batch, self._discoverer = batch, open_discoverer(batch.config)
+        self._batch, self._discoverer = batch, open_discoverer(batch.config, batch.planned)
 
     def run(self, chunk: Chunk) -> int:
         """Answer a chunk and write its answers; how many they are. A blank line has none."""
@@ -264,12 +269,15 @@ def discover_batch(
     if not num_prompts:
         raise SourceError(f"the file {prompts} has no line with a prompt")
     _check(request)
-    settings = [digest, request, config.model_dump(mode="json", exclude={"cache_mb"}), CHUNK_LINES, _contents(config)]
+    planned = plan_of(config)
+    contents = [version("sae-census"), asdict(planned), *_contents(config)]
+    settings = [digest, request, config.model_dump(mode="json", exclude={"cache_mb"}), CHUNK_LINES, contents]
     folder = out.with_name(f".{out.name}.{digest_of(settings)[:12]}")
     blobs = LocalBlobs(folder)
     left = [chunk for chunk in chunks if not blobs.exists(chunk.key)]
     batch = Batch(
         config=config.model_copy(update={"cache_mb": 0, "threads": cluster.threads_per_worker}),
+        planned=planned,
         request=request,
         prompts=str(prompts.resolve()),
         parts=str(folder.resolve()),
@@ -290,23 +298,26 @@ def discover_batch(
     )
 
 
+def plan_of(config: DiscoveryConfig) -> Provenance:
+    """What lies now where a config names model, tokenizer and SAEs; they are hashed, and the model is not loaded."""
+    return Provenance(
+        model=facts_of(config.model).digest,
+        tokenizer=tokenizer_of(config.model).digest,
+        saes={str(site): loaded.digest for site, loaded in load_saes(config.saes).items()},
+    )
+
+
 def _contents(config: DiscoveryConfig) -> list[str]:
-    """Digests of the files that the config names: what lies at a path may change between two runs."""
-    model, files = config.model, []
+    """Digests of the tables that the config names: what lies at a path may change between two runs."""
+    files = []
     if config.labels is not None:
         files.append(Path(config.labels).expanduser())
     if config.catalog is not None:
         files.append(snapshot_folder(config.catalog) / "manifest.json")
     try:
-        bodies = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from error
-    return [
-        version("sae-census"),
-        model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code).digest,
-        *(f"{site} {loaded.digest}" for site, loaded in load_saes(config.saes).items()),
-        *bodies,
-    ]
 
 
 def _check(request: dict[str, Any]) -> None:

@@ -88,7 +88,12 @@ class Filling:
         config = self.config
         sources = find_config_sources(config)
         settings = PrepareSettings(
-            root=config.store.root, model=config.model, corpus=config.corpus, fields=self.identity.preparation
+            root=config.store.root,
+            model=config.model,
+            corpus=config.corpus,
+            fields=self.identity.preparation,
+            num_embeddings=self.identity.facts.num_embeddings,
+            planned=self.identity.provenance,
         )
         found: dict[str, SourceRecord] = {}
         with self.voice.stage("prepare", len(sources), "tokens") as stage:
@@ -131,7 +136,14 @@ class Filling:
         identity, cluster = self.identity, self.config.cluster
         receipts, left = plan.look(self.blobs, identity.measure_ids, shards)
         self._tell_plan(shards, left)
-        make = partial(AnalysisSession, self.config, identity.preparation_id, identity.measure_ids, identity.numerics)
+        make = partial(
+            AnalysisSession,
+            self.config,
+            identity.preparation_id,
+            identity.measure_ids,
+            identity.numerics,
+            identity.provenance,
+        )
         asked = self.config.preflight != "off" and bool(left)
         outcomes: Iterator[Outcome[Any, Any]] = run_tasks(
             make,

@@ -11,11 +11,11 @@ from pipeline.io.checkpoints import LoadedSae
 from pipeline.io.corpus import Source, find_sources
 from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.hooks import check_point
-from pipeline.io.model import ModelFacts, model_facts
-from pipeline.io.tokenizer import Tokenizer
+from pipeline.io.model import ModelFacts
 from pipeline.records import Receipt, canonical, digest_of
 from pipeline.steps import plan
 from pipeline.steps.logits import check_request
+from pipeline.steps.parts import Provenance, facts_of, tokenizer_of
 from pipeline.steps.prepare import preparation_fields, read_settings
 from pipeline.steps.reader import load_saes
 from pipeline.types import SiteKey
@@ -50,6 +50,11 @@ class Identity:
         """What every snapshot of a catalog shares."""
         return {"preparation": self.preparation, "measure": self.measure}
 
+    @property
+    def provenance(self) -> Provenance:
+        """What workers have to load."""
+        return Provenance.of_measure(self.measure)
+
     def numerics_of(self, receipts: Iterable[Receipt]) -> dict[str, Any]:
         """What the shards of a snapshot were computed with: one answer, or `mixed`: all there are."""
         if self.measure["numerics"] != plan.MIXED:
@@ -71,7 +76,7 @@ def identify(config: AnalyzeConfig) -> Identity:
             "cluster.mixed_numerics is true and model.dtype auto, which machines of several kinds may understand in "
             "several ways; choose one, as model.dtype=float32"
         )
-    facts = model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+    facts = facts_of(model)
     saes = load_saes(config.saes)
     for key, loaded in saes.items():
         check_point(key.hook_point, facts.taps, facts.num_layers)
@@ -85,7 +90,7 @@ def identify(config: AnalyzeConfig) -> Identity:
             f"corpus.context_length is {config.corpus.context_length}, but the model has only "
             f"{facts.max_positions} positions; choose a shorter one"
         )
-    tokenizer = Tokenizer(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+    tokenizer = tokenizer_of(model)
     if config.corpus.bos == "always" and tokenizer.bos_id is None:
         raise ConfigError(f"corpus.bos is always, but the tokenizer of {model.id} has no BOS token; use never")
     check_request(config.logits, (key.hook_point for key in saes), tokenizer)

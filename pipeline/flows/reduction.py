@@ -17,6 +17,7 @@ from pipeline.steps import plan, publish, ranges, tree
 from pipeline.steps.cluster import run_tasks
 from pipeline.steps.outcomes import in_order, result_of
 from pipeline.steps.partial import RangeTask, Unit
+from pipeline.steps.parts import Provenance
 from pipeline.steps.progress import Voice
 from pipeline.types import SiteKey
 
@@ -32,6 +33,8 @@ class Chosen:
     """Says how to reduce, and where the result goes."""
     identity: Mapping[str, Any]
     """The fields of preparation and measure that the catalog stands for."""
+    of: str = ""
+    """The catalog that they come from, as a message names it; empty: the run that is under way made them."""
     decoder_norms: Mapping[SiteKey, np.ndarray]
     """Of every SAE, in their order."""
     receipts: plan.Receipts
@@ -85,6 +88,7 @@ def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: {}) ->
         root=config.store.root,
         preparation_id=digest_of(chosen.identity["preparation"]),
         model=config.model,
+        planned=Provenance.of_measure(chosen.identity["measure"], chosen.of),
         sampling=config.sampling,
         sites=chosen.sites,
         units=tuple(units),

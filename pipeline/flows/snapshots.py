@@ -109,6 +109,7 @@ def build(config: SnapshotsConfig, say: Callable[[str], None] | None = None) -> 
     chosen = Chosen(
         config=settings,
         identity=identity,
+        of=f"catalog {base.manifest['catalog']!r}",
         decoder_norms={site: np.asarray(base.of_sae(*str(site).rsplit("/", 1))["decoder_norm"]) for site in sites},
         receipts=receipts,
         sources=sources,

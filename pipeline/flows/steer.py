@@ -73,7 +73,8 @@ def steer(config: SteerConfig) -> Steering:
     """Run the job.
 
     Raises:
-        UserError: if an edit names no feature, or one that is dead in the catalog, or breaks the model.
+        UserError: if an edit names no feature, or one that is dead in the catalog, or breaks the model, or the prompt
+            has a token that the model does not know.
     """
     device.configure(config.threads, choose_device(config.model.device))
     reader = Reader(config.model, config.saes)
@@ -82,7 +83,9 @@ def steer(config: SteerConfig) -> Steering:
     if config.catalog.name is not None:
         _check_alive(config, edits, sites, reader)
     model = InterpretableModel(reader.model.inner, {str(key.hook_point): sae for key, sae in reader.saes.items()})
-    start = _prompt_ids(reader.tokenizer, config.prompt).to(reader.device)
+    start = _prompt_ids(reader.tokenizer, config.prompt)
+    reader.model.check_ids(start)
+    start = start.to(reader.device)
     with torch.no_grad():
         plain, plain_ids = _write(model, reader.tokenizer, start, config, sites, edits)
         with model.steering_enabled(edits, error_term=config.error_term):

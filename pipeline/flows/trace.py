@@ -7,7 +7,7 @@ on Ray if asked to, and attaches the result to the catalog.
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import Tensor
 
 from pipeline.compute.linear import Split
-from pipeline.config import AnalyzeConfig, ModelConfig, TraceConfig
-from pipeline.errors import CensusError, ConfigError, IdentityError
+from pipeline.config import AnalyzeConfig, TraceConfig
+from pipeline.errors import CensusError, ConfigError
 from pipeline.flows.catalog import Catalog
 from pipeline.flows.choice import chosen_features
 from pipeline.flows.origins import Origins, chapter, origins
@@ -24,11 +24,12 @@ from pipeline.io import report, schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.io.device import choose_device
-from pipeline.io.model import LanguageModel, model_facts
+from pipeline.io.model import LanguageModel
 from pipeline.io.paths import Paths
 from pipeline.records import canonical
 from pipeline.steps import layout
 from pipeline.steps.cluster import connected, run_tasks
+from pipeline.steps.parts import Provenance
 from pipeline.steps.progress import Voice, new_run
 from pipeline.steps.reader import load_saes
 from pipeline.steps.tracing import Probe, SpanProbe, Tracer, TraceSettings, split
@@ -165,17 +166,11 @@ def _spans(config: TraceConfig, catalog: Catalog) -> tuple[list[SpanProbe], int]
 
 
 def _settings(config: TraceConfig, catalog: Catalog, sites: set[SiteKey]) -> TraceSettings:
-    """Model and SAEs of the catalog, proved to be those that made it."""
+    """Model and SAEs of the catalog; the workers prove that they are those that made it."""
     made = AnalyzeConfig.model_validate(catalog.manifest["config"])
-    measure = catalog.manifest["identity"]["measure"]
     model = made.model.model_copy(update={"dtype": "float32", "device": config.device})
-    _check("model.id", made.model.id, _digest_of(model), measure["model"]["digest"])
-    saes = []
-    for one in made.saes:
-        ((site, loaded),) = load_saes([one]).items()
-        if site in sites:
-            _check("SAE", one.path, loaded.digest, measure["saes"][str(site)])
-            saes.append(one)
+    saes = [one for one in made.saes if sites & load_saes([one]).keys()]
+    planned = Provenance.of_measure(catalog.manifest["identity"]["measure"], f"catalog {config.catalog.name!r}")
     return TraceSettings(
         root=config.store.root,
         preparation_id=catalog.manifest["preparation_id"],
@@ -183,19 +178,8 @@ def _settings(config: TraceConfig, catalog: Catalog, sites: set[SiteKey]) -> Tra
         saes=tuple(saes),
         threads=config.cluster.threads_per_worker,
         num_pairs=config.pairs,
+        planned=replace(planned, saes={str(site): planned.saes[str(site)] for site in sites}),
     )
-
-
-def _digest_of(model: ModelConfig) -> str:
-    return model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code).digest
-
-
-def _check(what: str, name: str, now: str, then: str) -> None:
-    if now != then:
-        raise IdentityError(
-            f"{what} {name} is not the one that made the catalog (digest {now[:12]}, then {then[:12]}); put the "
-            "old one back, or analyse again"
-        )
 
 
 def _tasks(spans: Sequence[SpanProbe]) -> Iterator[tuple[SpanProbe, ...]]:

@@ -5,11 +5,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.config import AnalyzeConfig, VerifyConfig
+from pipeline.config import AnalyzeConfig, SaeConfig, VerifyConfig
 from pipeline.errors import CensusError, ConfigError, CorruptError
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import Receipt
 from pipeline.steps import plan, tree
+from pipeline.steps.parts import Provenance
 from pipeline.steps.prepare import stored_shard_id
 from pipeline.steps.reader import load_saes
 from pipeline.steps.shard import Analyzer
@@ -129,12 +130,15 @@ def _recompute(blobs: LocalBlobs, config: VerifyConfig, mixed: list[str]) -> Ite
         try:
             made = json.loads(manifest.read_bytes())
             how = AnalyzeConfig.model_validate(made["config"] | {"store": config.store.model_dump()})
-            site = _site_of(made["fields"]["sae"], how)
-            analyzer = Analyzer(how, made["preparation_id"], {site: measure_id}, made["fields"]["numerics"])
+            fields, of = made["fields"], f"measure {measure_id[:12]}"
+            site, one = _site_of(fields["sae"], how)
+            planned = Provenance.of_measure(fields | {"saes": {str(site): fields["sae"]["digest"]}}, of)
+            alone = how.model_copy(update={"saes": (one,)})
+            analyzer = Analyzer(alone, made["preparation_id"], {site: measure_id}, fields["numerics"], planned)
         except (CensusError, ValueError, LookupError, TypeError) as error:
             yield f"measures/{measure_id} cannot be recomputed here: {_first_line(error)}"
             continue
-        if made["fields"]["numerics"] == plan.MIXED:
+        if fields["numerics"] == plan.MIXED:
             mine = [receipt for receipt in receipts if receipt.ran["numerics"] == analyzer.numerics]
             mixed.append(
                 f"measures/{measure_id} is mixed: {len(receipts) - len(mine)} of its {len(receipts)} shards come from "
@@ -146,15 +150,16 @@ def _recompute(blobs: LocalBlobs, config: VerifyConfig, mixed: list[str]) -> Ite
             yield "" if same else f"shard {receipt.shard.shard_id} of measure {measure_id} gives other bytes today"
 
 
-def _site_of(sae: dict[str, str], how: AnalyzeConfig) -> SiteKey:
-    """What a config calls the SAE of a measure.
+def _site_of(sae: dict[str, str], how: AnalyzeConfig) -> tuple[SiteKey, SaeConfig]:
+    """What a config calls the SAE of a measure, and the part of the config that names it.
 
     Raises:
         ConfigError: if the SAE is no longer where the config names it.
     """
-    for site, loaded in load_saes(how.saes).items():
+    for one in how.saes:
+        ((site, loaded),) = load_saes([one]).items()
         if {"hook_point": str(site.hook_point), "digest": loaded.digest} == sae:
-            return site
+            return site, one
     raise ConfigError(f"its SAE at {sae['hook_point']} is no longer where its config names it")
 
 

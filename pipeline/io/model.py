@@ -8,21 +8,25 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError
+from pipeline.io import told
 from pipeline.io.hooks import Captures, Tap, layout_of, streams_of
-from pipeline.io.pretrained import WEIGHT_PATTERNS, digest, first_line, resolve
+from pipeline.io.pretrained import first_line, model_digest, resolve
+from pipeline.io.soundness import MissingHead, check_ids, check_report, check_values, converted_wrongly, listed
 from pipeline.io.tokenizer import Tokenizer
 from pipeline.types import HookPoint, Stream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """What is known of a model without loading its weights."""
+    """What is known of a model by its config and the bytes of its files."""
 
     digest: str
     """sha256 of config and weight files (a directory), or of id and commit (the hub)."""
     family: str
     num_layers: int
     d_model: int
+    num_embeddings: int
+    """Rows of the embedding: token ids are below."""
     max_positions: int
     """0 if the config does not say."""
     taps: dict[Stream, Tap]
@@ -40,15 +44,17 @@ def model_facts(model_id: str, revision: str | None = None, *, trust_remote_code
 
     source = resolve(model_id, revision)
     try:
-        whole = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        with told.hearing():
+            whole = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # the hub, the cache and the parsers each have errors of their own
         raise CheckpointError(f"model.id {model_id} has no readable config: {first_line(error)}") from error
     config = whole.get_text_config()
     return ModelFacts(
-        digest=digest(source, (*WEIGHT_PATTERNS, "config.json"), getattr(whole, "_commit_hash", None)),
+        digest=model_digest(source, getattr(whole, "_commit_hash", None)),
         family=config.model_type,
         num_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
+        num_embeddings=config.vocab_size,
         max_positions=int(getattr(config, "max_position_embeddings", 0) or 0),
         taps=streams_of(config),
     )
@@ -65,26 +71,68 @@ class LanguageModel:
         dtype: torch.dtype,
         device: torch.device,
         trust_remote_code: bool = False,
+        fix_mistral_regex: bool | None = None,
     ):
+        """Load a model and prove that every tensor of it is that of its files.
+
+        A directory that was saved without a head gives a model that has none: what needs it raises CheckpointError.
+
+        Raises:
+            CheckpointError: if it cannot be loaded, or tensors are missing, not known, of another size or not finite.
+            ConfigError: if its family is not supported.
+        """
         from transformers import AutoModelForCausalLM
 
         source = resolve(model_id, revision)
+        heard: list[str] = []
         try:
-            self.inner = AutoModelForCausalLM.from_pretrained(
-                source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
-            )
+            with told.hearing() as heard:
+                self.inner, report = AutoModelForCausalLM.from_pretrained(
+                    source,
+                    revision=revision,
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # the report names them
+                )
         except Exception as error:
-            raise CheckpointError(f"no model could be loaded from {model_id}: {first_line(error)}") from error
+            reason = converted_wrongly(heard) or first_line(error)
+            raise CheckpointError(f"no model could be loaded from {model_id}: {reason}") from error
+        if left_out := check_report(self.inner, report, model_id):
+            told.tell(
+                f"{len(left_out)} tensors of model {model_id} belong to no part of this architecture and were left "
+                f"out: {listed(left_out)}"
+            )
         self.inner.eval().requires_grad_(False).to(device)
+        check_values(self.inner, model_id)
         self._blocks, self._taps = layout_of(self.inner)
         self.device = device
-        self._origin = (model_id, revision, trust_remote_code)
+        self.num_embeddings: int = self.inner.get_input_embeddings().weight.shape[0]
+        self._origin = (model_id, revision, trust_remote_code, fix_mistral_regex)
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """What is known of it; its files are hashed when this is first asked for, after they were loaded."""
+        model_id, revision, trust, _ = self._origin
+        return model_facts(model_id, revision, trust_remote_code=trust)
+
+    @property
+    def is_headless(self) -> bool:
+        """Whether it was saved without its head, and so predicts no token."""
+        return isinstance(self.inner.get_output_embeddings(), MissingHead)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that belongs to it, loaded when first asked for."""
-        model_id, revision, trust_remote_code = self._origin
-        return Tokenizer(model_id, revision, trust_remote_code=trust_remote_code)
+        model_id, revision, trust, fix = self._origin
+        return Tokenizer(model_id, revision, trust_remote_code=trust, fix_mistral_regex=fix)
+
+    def check_ids(self, input_ids: Tensor) -> None:
+        """Raises ConfigError, naming the token, if an id is beyond the embedding."""
+        largest = int(input_ids.max()) if input_ids.numel() else 0
+        check_ids(
+            largest, self.num_embeddings, lambda: self.tokenizer.size, lambda token: self.tokenizer.tokens([token])[0]
+        )
 
     def captures(self, points: Iterable[HookPoint]) -> Captures:
         """Hooks for these points, to be entered with `with`.
@@ -95,11 +143,17 @@ class LanguageModel:
         return Captures(self._blocks, self._taps, points)
 
     def run(self, captures: Captures, input_ids: Tensor) -> dict[HookPoint, Tensor]:
-        """One forward pass over (B, T) ids, as far as the deepest hook; tensors (B, T, width) by hook point."""
+        """One forward pass over (B, T) ids, as far as the deepest hook; tensors (B, T, width) by hook point.
+
+        Raises:
+            ConfigError: if an id is beyond the embedding.
+        """
+        self.check_ids(input_ids)
         return captures.run(self.inner.base_model, input_ids.to(self.device))
 
     def run_whole(self, captures: Captures, input_ids: Tensor) -> tuple[dict[HookPoint, Tensor], Tensor]:
         """As `run`, but to the end of the model: also its last hidden state (B, T, D), ready for the head."""
+        self.check_ids(input_ids)
         return captures.run_whole(self.inner.base_model, input_ids.to(self.device))
 
     def widths(self, points: Iterable[HookPoint]) -> dict[HookPoint, int]:

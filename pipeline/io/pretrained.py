@@ -7,28 +7,33 @@ memory map. No pickle is loaded and no remote code runs unless `trust_remote_cod
 import contextlib
 import hashlib
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.errors import CheckpointError
-from pipeline.io import embedded, gguf_tokenizer
+from pipeline.io import embedded, gguf_tokenizer, soundness, told
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+MODEL_PATTERNS = (*WEIGHT_PATTERNS, "config.json")
+"""The files that decide what a model computes."""
+CONVERSION = 2
+"""Raise it when GGUF files are converted or proved in another way: what an older one left in the cache is not used."""
+_CONVERTED = "converted.json"
+"""In a converted directory: the digest that its model had when it was written."""
 
 
 def _quiet() -> None:
-    """Transformers draws bars and advice on stderr; ours is the only voice of a job."""
+    """No bars of transformers; what it warns of goes through our one voice."""
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
     logging.disable_progress_bar()
-    getLogger("huggingface_hub").setLevel(ERROR)
+    told.listen()
 
 
 def _sha256(paths: Iterable[Path]) -> str:
@@ -47,23 +52,25 @@ def _convert_gguf(path: Path) -> Path:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise CheckpointError(f"{path} is not a GGUF file: it does not begin with the bytes 'GGUF'")
-    target = embedded.cache_dir() / "models" / f"{_sha256([path])[:16]}-{gguf_tokenizer.RULES_VERSION}"
-    if (target / "config.json").exists():
+    target = embedded.cache_dir() / "models" / f"{_sha256([path])[:16]}-{CONVERSION}.{gguf_tokenizer.RULES_VERSION}"
+    if (target / _CONVERTED).exists():
         return target
-    from transformers import AutoModelForCausalLM
 
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        tokenizer = _gguf_tokenizer(path)
-        with contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        with told.hearing(), contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
+            tokenizer = _gguf_tokenizer(path)
+            model = _load_gguf(path)
         # The loader leaves the quantisation's description in the config, and then refuses to save itself.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.hf_quantizer = None
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
+        (draft / _CONVERTED).write_text(json.dumps({"digest": digest(draft, MODEL_PATTERNS, None)}))
         draft.replace(target)
+    except CheckpointError:
+        raise
     except Exception as error:  # parsers, disks and the rename each have errors of their own
         if not target.exists():  # another process may have finished the same conversion first
             raise CheckpointError(f"{path} could not be converted from GGUF: {first_line(error)}") from error
@@ -84,6 +91,34 @@ def _gguf_tokenizer(path: Path) -> Any:
         clean_up_tokenization_spaces=False,
         **found.special,
     )
+
+
+def _load_gguf(path: Path) -> Any:
+    """The model of a GGUF file, proved to have all its tensors and no others.
+
+    Raises:
+        CheckpointError: naming tensors that the file lacks, or that the converter does not place.
+    """
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    soundness.check_report(model, report, str(path), allow_headless=False)
+    reader = GGUFReader(path)
+    family = bytes(reader.fields["general.architecture"].parts[-1]).decode()
+    processor = TENSOR_PROCESSORS.get(family, TensorProcessor)(config=model.config.to_dict())
+    placed = get_gguf_hf_weights_map(model, processor)
+    names = [tensor.name for tensor in reader.tensors]  # experts are placed by a name without its ending
+    if lost := [name for name in names if not {name, name.removesuffix(".weight")} & placed.keys()]:
+        raise CheckpointError(
+            f"{len(lost)} tensors of {path} are not read by the converter: {soundness.listed(lost)}; what the model "
+            "computes without them is something else: name the directory or hub id that the file was made from"
+        )
+    soundness.check_values(model, str(path))
+    return model
 
 
 def resolve(model_id: str, revision: str | None) -> Path | str:
@@ -119,6 +154,20 @@ def digest(source: Path | str, patterns: Sequence[str], commit: str | None) -> s
     if isinstance(source, Path):
         return _sha256(sorted({p for pattern in patterns for p in source.glob(pattern)}))
     return hashlib.sha256(f"{source}@{commit}".encode()).hexdigest()
+
+
+def model_digest(source: Path | str, commit: str | None) -> str:
+    """Identity of a model: of its weights and config.
+
+    Raises:
+        CheckpointError: if it is a cached conversion that is no longer what was converted.
+    """
+    found = digest(source, MODEL_PATTERNS, commit)
+    if isinstance(source, Path) and (source / _CONVERTED).exists():
+        then = json.loads((source / _CONVERTED).read_text())["digest"]
+        if found != then:
+            raise CheckpointError(f"the model converted to {source} was changed or damaged: remove that folder")
+    return found
 
 
 def first_line(error: Exception) -> str:

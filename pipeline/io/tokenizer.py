@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.io import told
 from pipeline.io.pretrained import digest, first_line, resolve
 from pipeline.io.token_texts import TokenTexts
 from pipeline.io.tokenizer_rules import rules_digest
@@ -23,16 +24,25 @@ class Tokenizer:
     an ordinary token there. Padding itself is known by its place alone.
     """
 
-    def __init__(self, model_id: str, revision: str | None = None, *, trust_remote_code: bool = False):
+    def __init__(
+        self,
+        model_id: str,
+        revision: str | None = None,
+        *,
+        trust_remote_code: bool = False,
+        fix_mistral_regex: bool | None = None,
+    ):
         from transformers import AutoTokenizer
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._model_id = model_id
         self._source = resolve(model_id, revision)
+        chosen = {} if fix_mistral_regex is None else {"fix_mistral_regex": fix_mistral_regex}
         try:
-            self._inner = AutoTokenizer.from_pretrained(
-                self._source, revision=revision, trust_remote_code=trust_remote_code
-            )
+            with told.hearing():
+                self._inner = AutoTokenizer.from_pretrained(
+                    self._source, revision=revision, trust_remote_code=trust_remote_code, **chosen
+                )
         except Exception as error:
             raise CheckpointError(f"no tokenizer could be loaded from {model_id}: {first_line(error)}") from error
         self._inner.model_max_length = int(1e30)  # we cut contexts ourselves; no warning about length

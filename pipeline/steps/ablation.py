@@ -25,6 +25,7 @@ from pipeline.io.device import choose_device
 from pipeline.io.hooks import layout_of
 from pipeline.io.interventions import Function, Interventions
 from pipeline.steps import layout
+from pipeline.steps.parts import Provenance
 from pipeline.steps.reader import Reader
 from pipeline.types import SiteKey
 
@@ -86,21 +87,34 @@ class _Measured:
 class Ablator:
     """Holds a whole model and SAEs, and ablates features."""
 
-    def __init__(self, config: AnalyzeConfig, preparation_id: str, *, num_rows: int, num_tokens: int, seed: int):
+    def __init__(
+        self,
+        config: AnalyzeConfig,
+        preparation_id: str,
+        planned: Provenance,
+        *,
+        num_rows: int,
+        num_tokens: int,
+        seed: int,
+    ):
         """Load everything.
 
         Args:
             config: of the catalog; its store holds the shards.
             preparation_id: names their folder.
+            planned: what model, tokenizer and SAEs have to be.
             num_rows: contexts of one forward pass.
             num_tokens: how many tokens to choose where a task names none.
             seed: of the control's features.
+
+        Raises:
+            IdentityError: if one of them is another.
         """
         self._config, self._preparation_id = config, preparation_id
         self._num_rows, self._num_tokens, self._seed = num_rows, num_tokens, seed
         self._blobs = LocalBlobs(config.store.root)
         device.configure(config.cluster.threads_per_worker, choose_device(config.model.device))
-        self._reader = Reader(config.model, config.saes)
+        self._reader = Reader(config.model, config.saes, planned)
         self._blocks, self._taps = layout_of(self._reader.model.inner)
         self._shards: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -195,7 +209,7 @@ class Ablator:
     def _contexts(self, spans: Sequence[SpanAddress]) -> tuple[Int64[np.ndarray, "n T"], Int64[np.ndarray, " n"]]:
         """Token ids of the spans' contexts, each up to its span's end, right-padded; and their lengths."""
         num_tokens = np.array([span.stop for span in spans], np.int64)
-        input_ids = np.full((len(spans), num_tokens.max()), self._reader.tokenizer.pad_id, np.int64)
+        input_ids = np.full((len(spans), num_tokens.max()), self._reader.fill_id, np.int64)
         for row, span in enumerate(spans):
             start, ids = self._shard(span.shard_id)
             first = start[span.context_id]

@@ -108,7 +108,7 @@ class Codebook:
     ) -> tuple[dict[HookPoint, Tensor], Float[Tensor, "B T"] | None]:
         reader = self._reader
         longest = max(map(len, rows))
-        ids = torch.tensor([row + [reader.tokenizer.pad_id] * (longest - len(row)) for row in rows])
+        ids = torch.tensor([row + [reader.fill_id] * (longest - len(row)) for row in rows])
         if not entropy:
             return reader.activations(ids, points), None
         with reader.model.captures(points) as captures:

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline.config import DiscoverRequest
-from pipeline.errors import CensusError, RequestError
+from pipeline.errors import CensusError, ConfigError, RequestError
 from pipeline.findings import Discovery
 from pipeline.io import generation
 from pipeline.io.memo import ArrayCache
@@ -95,7 +96,19 @@ class Discoverer:
         return [answers[i] for i in range(len(requests))]
 
     def _tokens(self, request: DiscoverRequest) -> Tokens:
-        return sequence_of(request, self._loaded.reader.tokenizer, self._loaded.max_tokens)
+        model = self._loaded.reader.model
+        sequence = sequence_of(request, self._loaded.reader.tokenizer, self._loaded.max_tokens)
+        try:
+            model.check_ids(torch.tensor(sequence.ids))
+        except ConfigError as error:
+            raise RequestError(str(error), "text" if sequence.mode == "text" else "prompt") from error
+        if model.is_headless and (sequence.mode == "prompt+gen" or self._needs_entropy(request, sequence)):
+            raise RequestError(
+                "the model was saved without its head: it continues nothing and knows no entropy; use generate=false "
+                "with token_filter=norm or none",
+                "generate" if sequence.mode == "prompt+gen" else "token_filter",
+            )
+        return sequence
 
     def _needs_entropy(self, request: DiscoverRequest, sequence: Tokens) -> bool:
         """Where every token is kept, nothing has to be known of them."""
@@ -120,7 +133,7 @@ class Discoverer:
         return generation.generate(
             self._loaded.reader.model,
             [sequence.ids for sequence in sequences],
-            pad_id=self._loaded.reader.tokenizer.pad_id,
+            pad_id=self._loaded.reader.fill_id,
             max_new_tokens=request.gen_tokens,
             do_sample=request.do_sample,
             temperature=request.temperature,

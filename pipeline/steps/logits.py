@@ -13,12 +13,13 @@ from pipeline.config import DirectLogitAttributorConfig, LogitsConfig, ModelConf
 from pipeline.errors import ConfigError
 from pipeline.io import device, schemas, tables
 from pipeline.io.checkpoints import LoadedSae
-from pipeline.io.device import choose_device, choose_dtype
+from pipeline.io.device import choose_device
 from pipeline.io.model import LanguageModel
 from pipeline.io.tokenizer import Tokenizer
 from pipeline.io.unembedding import check_path, read_unembedding, read_writing
 from pipeline.steps import ranges
 from pipeline.steps.partial import RangeTask
+from pipeline.steps.parts import Provenance, model_of
 from pipeline.steps.reader import load_saes
 from pipeline.types import HookPoint, SiteKey
 
@@ -147,6 +148,7 @@ class LogitSettings:
     saes: tuple[SaeConfig, ...]
     logits: LogitsConfig
     threads: int
+    planned: Provenance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,15 +174,11 @@ class LogitWorker:
         model, chosen = settings.model, choose_device(settings.model.device)
         device.configure(settings.threads, chosen)
         self._saes = list(load_saes(settings.saes).items())
-        self._unembedder = Unembedder(
-            LanguageModel(
-                model.id,
-                model.revision,
-                dtype=choose_dtype(model.dtype, chosen),
-                device=chosen,
-                trust_remote_code=model.trust_remote_code,
-            )
-        )
+        loaded = model_of(model, chosen)
+        settings.planned.prove_model(model.id, loaded.facts.digest)
+        settings.planned.prove_tokenizer(model.id, loaded.tokenizer)
+        settings.planned.prove_saes({str(site): one.digest for site, one in self._saes})
+        self._unembedder = Unembedder(loaded)
 
     def run(self, task: RangeTask) -> LogitResult:
         """Attribute one range."""

@@ -18,9 +18,11 @@ from pipeline.io import schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.corpus import BadRecord, Document, Source, read
 from pipeline.io.rows import ReadSettings
+from pipeline.io.soundness import check_ids
 from pipeline.io.tokenizer import Tokenizer
 from pipeline.records import ShardRecord, SourceRecord, digest_of
 from pipeline.steps import layout
+from pipeline.steps.parts import Provenance, tokenizer_of
 
 _BATCH_CHARS = 1 << 20
 FORMAT = 2
@@ -62,6 +64,9 @@ class PrepareSettings:
     corpus: CorpusConfig
     fields: dict[str, object]
     """As from `preparation_fields`."""
+    num_embeddings: int
+    """Token ids of the model are below."""
+    planned: Provenance
 
     @property
     def preparation_id(self) -> str:
@@ -73,16 +78,22 @@ class Preparer:
     """Prepares sources one by one; holds the tokenizer."""
 
     def __init__(self, settings: PrepareSettings):
+        """Load the tokenizer.
+
+        Raises:
+            IdentityError: if it is not what was planned.
+        """
         self._settings = settings
         self._blobs = LocalBlobs(settings.root)
-        model = settings.model
-        self._tokenizer = Tokenizer(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+        self._tokenizer = tokenizer_of(settings.model)
+        settings.planned.prove_tokenizer(settings.model.id, self._tokenizer)
 
     def run(self, source: Source) -> SourceRecord:
         """Prepare a source, or return what an earlier run left.
 
         Raises:
             SourceError: if it cannot be read at all.
+            ConfigError: if the text has a token that the model does not know.
         """
         corpus, preparation_id = self._settings.corpus, self._settings.preparation_id
         source_id = source.identity(read_settings(corpus))
@@ -161,12 +172,22 @@ class Preparer:
         size = max(1, budget // self._settings.corpus.context_length)
         shard: list[Context] = []
         for context in contexts:
+            self._check_ids(context)
             shard.append(context)
             if len(shard) == size:
                 yield shard
                 shard = []
         if shard:
             yield shard
+
+    def _check_ids(self, context: Context) -> None:
+        tokenizer = self._tokenizer
+        check_ids(
+            max(context.input_ids),
+            self._settings.num_embeddings,
+            lambda: tokenizer.size,
+            lambda token: tokenizer.tokens([token])[0],
+        )
 
     def _write_shard(self, slice_name: str, contexts: list[Context]) -> tuple[ShardRecord, str]:
         columns = {

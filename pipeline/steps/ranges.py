@@ -21,10 +21,10 @@ from pipeline.errors import CorruptError
 from pipeline.io import tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.store import FEATURE_CHUNK
-from pipeline.io.tokenizer import Tokenizer
 from pipeline.steps import labels, layout
 from pipeline.steps.columns import feature_columns, slice_arrays, slice_rows
 from pipeline.steps.partial import RangeTask, Unit
+from pipeline.steps.parts import Provenance, tokenizer_of
 from pipeline.steps.shard import LOW_OCTAVES, sample_sizes, shard_key
 from pipeline.steps.spans import SpanAddresses, attach
 from pipeline.steps.units import Units
@@ -55,6 +55,7 @@ class ReduceSettings:
     root: str
     preparation_id: str
     model: ModelConfig
+    planned: Provenance
     sampling: SamplingConfig
     sites: tuple[SiteKey, ...]
     units: tuple[tuple[Unit, ...], ...]
@@ -83,8 +84,8 @@ class Reducer:
     def __init__(self, settings: ReduceSettings):
         self._settings = settings
         self._blobs = LocalBlobs(settings.root)
-        model = settings.model
-        self._tokenizer = Tokenizer(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+        self._tokenizer = tokenizer_of(settings.model)
+        settings.planned.prove_tokenizer(settings.model.id, self._tokenizer)
         self._units = [Units(self._blobs, units) for units in settings.units]
         self._shard_ids = self._units[0].shard_ids
         self._lengths: dict[int, Int64[np.ndarray, " C"]] = {}

@@ -7,9 +7,8 @@ from torch import Tensor
 from pipeline.config import ModelConfig, SaeConfig
 from pipeline.errors import ConfigError
 from pipeline.io.checkpoints import LoadedSae, load_sae
-from pipeline.io.device import choose_device, choose_dtype
-from pipeline.io.model import LanguageModel
-from pipeline.io.tokenizer import Tokenizer
+from pipeline.io.device import choose_device
+from pipeline.steps.parts import Provenance, model_of, tokenizer_of
 from pipeline.types import HookPoint, SiteKey
 
 
@@ -34,22 +33,26 @@ def load_saes(chosen: Sequence[SaeConfig]) -> dict[SiteKey, LoadedSae]:
 class Reader:
     """Holds tokenizer, model and SAEs on one device."""
 
-    def __init__(self, model: ModelConfig, saes: Sequence[SaeConfig]):
+    def __init__(self, model: ModelConfig, saes: Sequence[SaeConfig], planned: Provenance | None = None):
         """Load everything.
+
+        Args:
+            model: to load.
+            saes: to load.
+            planned: what all of it has to be; None: whatever lies there.
 
         Raises:
             ConfigError: if an SAE is not as wide as the activations at its hook point.
+            IdentityError: if something is not what was planned.
         """
         self.device = choose_device(model.device)
-        self.tokenizer = Tokenizer(model.id, model.revision, trust_remote_code=model.trust_remote_code)
-        self.model = LanguageModel(
-            model.id,
-            model.revision,
-            dtype=choose_dtype(model.dtype, self.device),
-            device=self.device,
-            trust_remote_code=model.trust_remote_code,
-        )
+        self.tokenizer = tokenizer_of(model)
+        self.model = model_of(model, self.device)
         self.loaded = load_saes(saes)
+        if planned is not None:
+            planned.prove_tokenizer(model.id, self.tokenizer)
+            planned.prove_model(model.id, self.model.facts.digest)
+            planned.prove_saes({str(site): loaded.digest for site, loaded in self.loaded.items()})
         self.saes = {key: loaded.sae.to(self.device) for key, loaded in self.loaded.items()}
         self.points = sorted({key.hook_point for key in self.saes})
         widths = self.model.widths(self.points)
@@ -59,6 +62,11 @@ class Reader:
                     f"SAE {key.sae} is {sae.width} wide, but {key.hook_point} of {model.id} is "
                     f"{widths[key.hook_point]} wide; is this the SAE of another model or hook point?"
                 )
+
+    @property
+    def fill_id(self) -> int:
+        """Stands behind the tokens of a short row, where it is masked: the pad token, if the model knows it."""
+        return self.tokenizer.pad_id if self.tokenizer.pad_id < self.model.num_embeddings else 0
 
     def activations(self, input_ids: Tensor, points: Sequence[HookPoint] | None = None) -> dict[HookPoint, Tensor]:
         """One forward pass over (B, T) ids, as far as the deepest of `points` (all by default); (B, T, D) each."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pipeline.config import AnalyzeConfig
 from pipeline.records import Receipt
 from pipeline.steps import preflight
+from pipeline.steps.parts import Provenance
 from pipeline.steps.preflight import Fit, FitProbe
 from pipeline.steps.shard import Analyzer, ShardTask
 from pipeline.types import SiteKey
@@ -19,8 +20,9 @@ class AnalysisSession:
         preparation_id: str,
         measure_ids: Mapping[SiteKey, str],
         numerics: dict[str, str | int],
+        planned: Provenance,
     ):
-        self._analyzer = Analyzer(config, preparation_id, measure_ids, numerics)
+        self._analyzer = Analyzer(config, preparation_id, measure_ids, numerics, planned)
 
     def run(self, task: ShardTask | FitProbe) -> tuple[Receipt, ...] | list[Fit]:
         """A probe gives fits, a shard its receipts."""

@@ -29,6 +29,7 @@ from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device
 from pipeline.records import Receipt, ShardRecord, Stored
 from pipeline.steps import layout
+from pipeline.steps.parts import Provenance
 from pipeline.steps.reader import Reader
 from pipeline.types import HookPoint, SiteKey
 
@@ -108,14 +109,21 @@ class Analyzer:
         preparation_id: str,
         measure_ids: Mapping[SiteKey, str],
         numerics: dict[str, str | int],
+        planned: Provenance,
     ):
+        """Load everything.
+
+        Raises:
+            NumericsError: if this machine would compute other bits.
+            IdentityError: if model, tokenizer or an SAE is not what was planned.
+        """
         self._config, self._preparation_id, self._measure_ids = config, preparation_id, measure_ids
         self._blobs = LocalBlobs(config.store.root)
         chosen = choose_device(config.model.device)
         self.numerics = device.configure(config.cluster.threads_per_worker, chosen)
         if self.numerics != numerics and not config.cluster.mixed_numerics:
             raise NumericsError(f"this worker computes with {self.numerics}, but the run was planned with {numerics}")
-        self._reader = Reader(config.model, config.saes)
+        self._reader = Reader(config.model, config.saes, planned)
         self._reader.drop_above()
         self.saes, self.points = self._reader.saes, self._reader.points
 
@@ -124,7 +132,7 @@ class Analyzer:
         num_rows, shape = self._config.batch.contexts, self._config.corpus.context_length
         for first in range(0, len(contexts), num_rows):
             rows = contexts[first : first + num_rows]
-            input_ids = np.full((num_rows, shape), self._reader.tokenizer.pad_id, np.int64)
+            input_ids = np.full((num_rows, shape), self._reader.fill_id, np.int64)
             for row, ids in enumerate(rows):
                 input_ids[row, : len(ids)] = ids
             lengths = np.array([*map(len, rows), *[0] * (num_rows - len(rows))], np.int64)

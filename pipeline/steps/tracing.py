@@ -19,6 +19,7 @@ from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device
 from pipeline.io.paths import Paths
 from pipeline.steps import layout
+from pipeline.steps.parts import Provenance
 from pipeline.steps.reader import Reader
 from pipeline.types import HookPoint, SiteKey
 
@@ -117,6 +118,7 @@ class TraceSettings:
     saes: tuple[SaeConfig, ...]
     threads: int
     num_pairs: int
+    planned: Provenance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +143,7 @@ class Tracer:
         self._settings = settings
         device.configure(settings.threads, choose_device(settings.model.device))
         self._blobs = LocalBlobs(settings.root)
-        self._reader = Reader(settings.model, settings.saes)
+        self._reader = Reader(settings.model, settings.saes, settings.planned)
         self._paths = Paths(self._reader.model.inner)
         self._reader.drop_above()
 

@@ -42,10 +42,15 @@ def census(config: AnalyzeConfig) -> tuple[int, float]:
     """Tokens and seconds of a whole shard."""
     identity = identify(config)
     settings = PrepareSettings(
-        root=config.store.root, model=config.model, corpus=config.corpus, fields=identity.preparation
+        root=config.store.root,
+        model=config.model,
+        corpus=config.corpus,
+        fields=identity.preparation,
+        num_embeddings=identity.facts.num_embeddings,
+        planned=identity.provenance,
     )
     shard = Preparer(settings).run(find_config_sources(config)[0]).shards[0]
-    analyzer = Analyzer(config, identity.preparation_id, identity.measure_ids, identity.numerics)
+    analyzer = Analyzer(config, identity.preparation_id, identity.measure_ids, identity.numerics, identity.provenance)
     analyzer.activations(next(analyzer.batches(analyzer.contexts(shard.shard_id))))
     began = time.perf_counter()
     analyzer.run(ShardTask(shard=shard, sites=tuple(identity.saes)))
