@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from pipeline.config import ClusterConfig, DiscoverRequest, DiscoveryConfig
 from pipeline.errors import CensusError, ConfigError, RequestError, SourceError
 from pipeline.findings import Discovery
-from pipeline.io import device, embedded
+from pipeline.io import device, embedded, json_lines
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.memo import ArrayCache
@@ -137,8 +137,7 @@ class BatchWorker:
                 records[i]["error"] = _why(error)
         for (i, _), answer in zip(asked, self._discoverer.discover_many([r for _, r in asked]), strict=True):
             records[i] |= answer.model_dump() if isinstance(answer, Discovery) else {"error": _why(answer)}
-        body = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        LocalBlobs(self._batch.parts).put(chunk.key, body.encode())
+        LocalBlobs(self._batch.parts).put(chunk.key, "".join(map(json_lines.line, records)).encode())
         return len(records)
 
 
@@ -184,7 +183,7 @@ class BatchReport:
     def records(self) -> Iterator[dict[str, Any]]:
         """The answers, one a line, in the order of the prompts."""
         for key in self.keys:
-            yield from map(json.loads, LocalBlobs(self.folder).get(key).splitlines())
+            yield from map(json.loads, json_lines.lines(LocalBlobs(self.folder).get(key)))
 
     def remove(self) -> None:
         """Forget the parts: the answers are where they belong."""

@@ -133,12 +133,20 @@ def distinct(files: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
     seen: Counter[str] = Counter()
     named = []
     for name, path in sorted(once.values()):
+        _check_name(name, path)
         if shared[name] > 1:
             name = f"{name}#{digest([path])[:16]}"
             seen[name] += 1
             name += f"#{seen[name]}" if seen[name] > 1 else ""
         named.append((name, path))
     return named
+
+
+def _check_name(name: str, path: Path) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(f"corpus file {str(path)!a} has a name that is not UTF-8; rename it") from error
 
 
 def groups(files: list[tuple[str, Path]], size: int) -> Iterator[list[tuple[str, Path]]]:

@@ -82,7 +82,7 @@ class Selection:
 
 def book(where: str, why: Why, names: Iterable[str]) -> PassedOver:
     """Names as one entry of the books; at least one."""
-    known = sorted(names)
+    known = sorted(name.encode(errors="backslashreplace").decode() for name in names)  # a name may be no UTF-8
     return PassedOver(where=where, why=why, count=len(known), first=known[0])
 
 
