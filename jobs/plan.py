@@ -15,6 +15,7 @@ def describe(plan: Plan, cluster: ClusterConfig) -> str:
     """The plan as lines for people."""
     cost = plan.cost
     lines = [
+        *(f"warning   {one}" for one in plan.passed_over),
         f"sources   {plan.num_sources}, of which {plan.num_prepared} are prepared",
         f"shards    {cost.num_shards} prepared, {cost.num_done} done, {cost.num_tokens_left:,} tokens left in others",
     ]

@@ -69,6 +69,13 @@ class SourceRecord(_Record):
     tokens_truncated: int
     dropped: dict[str, int]
     """Bad records by reason."""
+    unused_files: tuple[str, ...] = ()
+    """Names of those read in which no record could be used."""
+
+    @property
+    def files_without_use(self) -> tuple[str, ...]:
+        """The same; an older record names none, but one without documents has no other files."""
+        return self.unused_files or (() if self.num_documents else self.names)
 
 
 class Stored(_Record):

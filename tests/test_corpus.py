@@ -27,7 +27,7 @@ ONE_LINE_TEXTS = [text.replace("\n", " ") for text in TEXTS]
 
 
 def records_of(source: Any, settings: ReadSettings = SETTINGS, **options: Any) -> list[Document | BadRecord]:
-    units = find_sources(source, settings, **options)
+    units = find_sources(source, settings, **options).sources
     return [record for unit in units for record in read(unit, settings)]
 
 
@@ -195,7 +195,7 @@ def test_documents_of_two_files_with_one_name_have_two_ids(tmp_path: Path) -> No
 
 def test_a_mapping_names_slices_and_a_document_belongs_to_its_slice(folder: Path) -> None:
     source = {"z": str(folder / "a.jsonl"), "m": [str(folder / "b.csv.gz"), str(folder / "deep/c.txt")]}
-    units = find_sources(source, SETTINGS)
+    units = find_sources(source, SETTINGS).sources
     assert [(unit.slice, unit.names) for unit in units] == [
         ("m", ("b.csv.gz",)),
         ("m", ("c.txt",)),
@@ -222,7 +222,7 @@ def dataset_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "dataset"
 
 
-@pytest.mark.parametrize("kind", ["folder of jsonl", "saved", "saved splits"])
+@pytest.mark.parametrize("kind", ["split folder", "shards", "card", "saved", "saved splits"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_dataset_directory_gives_documents_and_books_null_and_blank_rows(
     dataset_dir: Path, kind: str, streaming: bool
@@ -235,7 +235,10 @@ def test_a_dataset_directory_gives_documents_and_books_null_and_blank_rows(
             datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows)}).save_to_disk(dataset_dir)
         case _:
             lines = [json.dumps({"text": t, "n": n}) + "\n" for t, n in zip(rows["text"], rows["n"], strict=True)]
-            written(dataset_dir / "a.jsonl", "".join(lines).encode())
+            names = {"split folder": "train/a.jsonl", "shards": "data/train-00000-of-00001.jsonl", "card": "a.jsonl"}
+            written(dataset_dir / names[kind], "".join(lines).encode())
+            if kind == "card":
+                written(dataset_dir / "README.md", b"---\nlicense: mit\n---\n# A dataset\n")
     settings = replace(SETTINGS, streaming=streaming)
     records = records_of(str(dataset_dir), settings)
     assert [r.text for r in records if isinstance(r, Document)] == ["one", "two\nlines"]
@@ -243,26 +246,25 @@ def test_a_dataset_directory_gives_documents_and_books_null_and_blank_rows(
         ("dataset", 1, "null"),
         ("dataset", 3, "empty"),
     ]
-    (unit,) = find_sources(str(dataset_dir), settings)
-    (other,) = find_sources(str(dataset_dir), replace(SETTINGS, streaming=not streaming))
+    (unit,) = find_sources(str(dataset_dir), settings).sources
+    (other,) = find_sources(str(dataset_dir), replace(SETTINGS, streaming=not streaming)).sources
     assert unit.identity(settings) == other.identity(SETTINGS), "streaming is how, not what"
     assert unit.identity(settings) != unit.identity(replace(settings, split="test"))
     moved = dataset_dir.rename(dataset_dir.parent.parent / f"moved-{dataset_dir.parent.name}")
     (moved / "dataset").mkdir()
     for file in [p for p in moved.iterdir() if p.name != "dataset"]:
         file.rename(moved / "dataset" / file.name)
-    (unit_moved,) = find_sources(str(moved / "dataset"), settings)
+    (unit_moved,) = find_sources(str(moved / "dataset"), settings).sources
     assert unit_moved.identity(settings) == unit.identity(settings)
     with pytest.raises(SourceError, match=r"has no column 'body'; it has .*'text'.*set corpus\.column"):
         find_sources(str(moved / "dataset"), replace(settings, column="body"))
-    if kind != "saved":
-        with pytest.raises(SourceError, match="neither a file nor a dataset with split 'no': "):
-            find_sources(str(moved / "dataset"), replace(settings, split="no"))
+    with pytest.raises(SourceError, match="neither a file nor a dataset with split 'no': "):
+        find_sources(str(moved / "dataset"), replace(settings, split="no"))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_damaged_dataset_is_refused_in_words(dataset_dir: Path, streaming: bool) -> None:
-    written(dataset_dir / "a.jsonl", b'{"text": "one"}\n{"text": "tw')
+    written(dataset_dir / "train" / "a.jsonl", b'{"text": "one"}\n{"text": "tw')
     with pytest.raises(SourceError, match=r"corpus\.source .*dataset"):
         records_of(str(dataset_dir), replace(SETTINGS, streaming=streaming))
 
@@ -487,13 +489,13 @@ def test_a_source_that_names_nothing_readable_is_refused_in_words(tmp_path: Path
 def test_an_empty_file_is_a_source_without_documents(tmp_path: Path, name: str) -> None:
     body = {"header.csv": b"id,text\n", "list.json": b"[]"}.get(name, b"")
     path = written(tmp_path / name, body)
-    assert len(find_sources(path, SETTINGS)) == 1
+    assert len(find_sources(path, SETTINGS).sources) == 1
     assert records_of(path) == []
 
 
 def test_a_file_that_changed_or_went_since_it_was_found_is_refused(tmp_path: Path) -> None:
     path = Path(written(tmp_path / "a.jsonl", GOOD))
-    (unit,) = find_sources(str(path), SETTINGS)
+    (unit,) = find_sources(str(path), SETTINGS).sources
     path.write_bytes(GOOD * 2)
     with pytest.raises(SourceError, match=r"a\.jsonl changed while it was being prepared; run the command again"):
         list(read(unit, SETTINGS))
@@ -511,7 +513,7 @@ def test_document_ids_stay_when_the_folder_moves(tmp_path: Path, name: str) -> N
     here, there = (written(tmp_path / place / "x" / name, body) for place in ("here", "there"))
     assert ids_of(here) == ids_of(there) == ids_of(str(tmp_path / "here" / "x" / "*"))
     assert ids_of(str(tmp_path / "here" / "*" / "*")) == ids_of(str(tmp_path / "there" / "*" / "*"))
-    units = [find_sources(path, SETTINGS)[0] for path in (here, there)]
+    units = [find_sources(path, SETTINGS).sources[0] for path in (here, there)]
     assert units[0].identity(SETTINGS) == units[1].identity(SETTINGS)
 
 
@@ -531,7 +533,7 @@ def test_document_ids_stay_when_rows_are_appended_or_turn_bad(
 
 def test_identities_change_with_whatever_changes_documents_and_with_nothing_else(tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", jsonl(TEXTS))
-    (unit,) = find_sources(path, SETTINGS)
+    (unit,) = find_sources(path, SETTINGS).sources
 
     def identities() -> Iterator[tuple[str, str]]:
         yield "as it is", unit.identity(SETTINGS)
@@ -552,7 +554,7 @@ def test_a_new_file_changes_one_group_of_files_only(tmp_path: Path) -> None:
         written(tmp_path / f"f{i:02}.txt", f"text {i}".encode())
 
     def groups() -> list[Source]:
-        return find_sources(str(tmp_path / "*.txt"), SETTINGS, group_files=5)
+        return list(find_sources(str(tmp_path / "*.txt"), SETTINGS, group_files=5).sources)
 
     before = groups()
     assert 4 <= len(before) <= 16

@@ -53,12 +53,13 @@ class CorpusConfig(Section):
     """The text."""
 
     source: Source | dict[str, Source] = "embedded:texts"
-    """Files (globs), a URL, or a dataset id or directory; one, many, or a mapping slice name -> source.
-    embedded:texts stands for the slices docs, code and prose."""
+    """Files (globs), a directory of files, a URL, or a dataset id or directory; one, many, or a mapping slice name ->
+    source. Wildcards match no dot; docs/text.md says what is a dataset. embedded:texts stands for the slices docs,
+    code and prose."""
     column: str = "text"
     """The field that holds the text."""
     split: str = "train"
-    """Of a dataset."""
+    """Of a dataset; files have none."""
     revision: str | None = None
     """Of a dataset on the hub."""
     streaming: bool = False

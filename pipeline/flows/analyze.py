@@ -5,7 +5,7 @@ Fill the store with partials -> reduce ranges of features -> publish -> write th
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.config import AnalyzeConfig, ReportConfig
@@ -75,6 +75,7 @@ def _publish(
             "config": config.model_dump(mode="json"),
             "numerics": identity.numerics_of(each for found in receipts.values() for each in found.values()),
             "seconds": filling.seconds,
+            "passed_over": [asdict(one) for one in filling.passed_over],
         },
     )
     began = time.monotonic()
@@ -126,4 +127,5 @@ def _about_source(record: SourceRecord) -> dict[str, Any]:
         "records_dropped": record.dropped,
         "tokens_truncated": record.tokens_truncated,
         "documents_with_bos": record.num_with_bos,
+        **({"unused_files": list(record.files_without_use)} if record.files_without_use else {}),
     }

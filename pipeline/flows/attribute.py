@@ -124,6 +124,7 @@ def _to_catalog(config: AttributeConfig, name: str, say: Callable[[str], None] |
             "config": old.manifest["config"] | {"logits": config.logits.model_dump(mode="json")},
             "numerics": old.manifest["numerics"],
             "seconds": old.manifest["seconds"] | {"logits": seconds},
+            "passed_over": old.manifest.get("passed_over", []),
         }
         number, _, is_new = draft.publish(name, publish.facts_of(old.manifest) | {"logits": facts}, volatile)
     return Attribution(folder=publish.folder_of(blobs, name, number), is_new=is_new, seconds=seconds)

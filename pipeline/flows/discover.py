@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from pipeline.config import ClusterConfig, DiscoverRequest, DiscoveryConfig
 from pipeline.errors import CensusError, ConfigError, RequestError, SourceError
 from pipeline.findings import Discovery
-from pipeline.io import device, embedded
+from pipeline.io import device, embedded, json_lines
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.memo import ArrayCache
@@ -152,8 +152,7 @@ class BatchWorker:
             else:
                 records[i]["error"] = _why(answer)
         answered = [record for record, line in zip(records, lines, strict=True) if line.strip()]
-        body = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in answered)
-        LocalBlobs(self._batch.parts).put(chunk.key, body.encode())
+        LocalBlobs(self._batch.parts).put(chunk.key, "".join(map(json_lines.line, answered)).encode())
         return len(answered)
 
 
@@ -229,7 +228,7 @@ class BatchReport:
     def records(self) -> Iterator[dict[str, Any]]:
         """The answers, one a line, in the order of the prompts."""
         for key in self.keys:
-            yield from map(json.loads, filter(None, LocalBlobs(self.folder).get(key).split(b"\n")))
+            yield from map(json.loads, json_lines.lines(LocalBlobs(self.folder).get(key)))
 
     def remove(self) -> None:
         """Forget the parts: the answers are where they belong."""

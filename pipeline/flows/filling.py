@@ -15,6 +15,7 @@ from pipeline.errors import CheckpointError, SourceError
 from pipeline.flows.identity import find_config_sources, identify
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device
+from pipeline.io.folders import PassedOver
 from pipeline.records import Failure, ShardRecord, SourceRecord, canonical
 from pipeline.steps import layout, plan, preflight
 from pipeline.steps.cluster import connected, run_tasks
@@ -24,6 +25,9 @@ from pipeline.steps.prepare import Preparer, PrepareSettings, choose_shards, rea
 from pipeline.steps.progress import Voice, new_run
 from pipeline.steps.session import AnalysisSession
 from pipeline.steps.shard import ShardTask, sample_sizes
+
+_NAMED = 10
+"""Files that a line for people names; the manifest has all."""
 
 
 def fill(config: AnalyzeConfig, names: Sequence[str], say: Callable[[str], None] | None = None) -> None:
@@ -58,6 +62,7 @@ class Filling:
         self.run_id = new_run()
         self.voice = Voice(self.blobs, layout.events(self.run_id), say)
         self.seconds: dict[str, float] = {}
+        self.passed_over: tuple[PassedOver, ...] = ()
 
     @contextmanager
     def running(self, catalog: str) -> Iterator[None]:
@@ -86,7 +91,9 @@ class Filling:
     def _prepare(self) -> list[SourceRecord]:
         """Every source as shards, in the order of sources."""
         config = self.config
-        sources = find_config_sources(config)
+        sources, self.passed_over = find_config_sources(config)
+        for one in self.passed_over:
+            self.voice.say(f"warning: {one}")
         settings = PrepareSettings(
             root=config.store.root,
             model=config.model,
@@ -110,6 +117,11 @@ class Filling:
         return records
 
     def _check_records(self, records: list[SourceRecord]) -> None:
+        unused = [(record.slice, name) for record in records for name in record.files_without_use]
+        if unused:
+            named = ", ".join(f"{name} of slice {slice_name}" for slice_name, name in unused[:_NAMED])
+            more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
+            self.voice.say(f"warning: {len(unused)} files have no usable record: {named}{more}; the manifest names all")
         dropped: Counter[str] = Counter()
         for record in records:
             dropped.update(record.dropped)

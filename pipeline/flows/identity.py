@@ -8,7 +8,7 @@ from pipeline.config import AnalyzeConfig
 from pipeline.errors import ConfigError
 from pipeline.io import device, embedded
 from pipeline.io.checkpoints import LoadedSae
-from pipeline.io.corpus import Source, find_sources
+from pipeline.io.corpus import Found, find_sources
 from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.hooks import check_point
 from pipeline.io.model import ModelFacts
@@ -107,7 +107,7 @@ def identify(config: AnalyzeConfig) -> Identity:
     )
 
 
-def find_config_sources(config: AnalyzeConfig) -> list[Source]:
+def find_config_sources(config: AnalyzeConfig) -> Found:
     """The sources that a config names.
 
     Raises:

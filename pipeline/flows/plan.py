@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline.config import AnalyzeConfig
 from pipeline.flows.identity import find_config_sources, identify
 from pipeline.io.blobs import LocalBlobs
+from pipeline.io.folders import PassedOver
 from pipeline.steps import plan
 from pipeline.steps.prepare import choose_shards, find_source, read_settings
 from pipeline.steps.shard import sample_sizes
@@ -18,6 +19,8 @@ class Plan:
     """The work ahead."""
 
     num_sources: int
+    passed_over: tuple[PassedOver, ...]
+    """What corpus.source comes upon and does not read, or names twice."""
     num_prepared: int
     """Sources whose shards are already there."""
     unprepared_tokens: int
@@ -40,9 +43,9 @@ def make_plan(config: AnalyzeConfig) -> Plan:
     blobs = LocalBlobs(config.store.root)
     plan.check_claim(blobs, config.catalog.name, identity.fields)
     how = read_settings(config.corpus)
-    sources = find_config_sources(config)
+    found_sources = find_config_sources(config)
     records, unprepared = [], 0
-    for source in sources:
+    for source in found_sources.sources:
         found = find_source(blobs, identity.preparation_id, source.identity(how), config.corpus.max_tokens)
         if found is None:
             unprepared += sum(Path(path).stat().st_size for path in source.paths) // _BYTES_PER_TOKEN
@@ -55,7 +58,8 @@ def make_plan(config: AnalyzeConfig) -> Plan:
     seconds = sum(receipt.ran["seconds"] for receipt in done)
     rate = sum(receipt.shard.num_tokens for receipt in done) / seconds if seconds else None
     return Plan(
-        num_sources=len(sources),
+        num_sources=len(found_sources.sources),
+        passed_over=found_sources.passed_over,
         num_prepared=len(records),
         unprepared_tokens=unprepared,
         cost=plan.estimate(shards, left, sample_sizes(config.sampling), num_features),

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from pipeline.config.status import StatusConfig
 from pipeline.errors import ConfigError, CorruptError
 from pipeline.flows.run_status import Reason, RunStatus, State, Straggler
+from pipeline.io import json_lines
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import Receipt
 from pipeline.steps import layout
@@ -237,5 +238,5 @@ def _lines(blobs: LocalBlobs, first: str) -> Iterator[bytes]:
     """Of all files of a run's events."""
     number = 0
     while blobs.exists(layout.next_file(first, number)):
-        yield from blobs.get(layout.next_file(first, number)).splitlines()
+        yield from json_lines.lines(blobs.get(layout.next_file(first, number)))
         number += 1

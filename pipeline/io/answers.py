@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.io import schemas, tables
+from pipeline.io import json_lines, schemas, tables
 from pipeline.io.blobs import LocalBlobs
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
@@ -65,13 +65,13 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         columns = list(rows[0]) if rows else []
         body = "".join(map(_csv_line, [columns, *([row[name] for name in columns] for row in rows)])).encode()
     else:
-        body = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        body = "".join(map(json_lines.line, rows)).encode()
     LocalBlobs(path.parent).put(path.name, body)
 
 
 def _text(suffix: str, records: Iterable[dict[str, Any]], *, many: bool) -> Iterator[str]:
     if suffix == ".jsonl":
-        yield from (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        yield from map(json_lines.line, records)
     elif suffix == ".csv":
         columns = [*CSV_COLUMNS, *(("line", "id") if many else ())]
         yield _csv_line(columns)
@@ -79,16 +79,17 @@ def _text(suffix: str, records: Iterable[dict[str, Any]], *, many: bool) -> Iter
             yield _csv_line([row[name] for name in columns])
     elif many:
         for number, record in enumerate(records):
-            yield ("[" if number == 0 else ",\n") + json.dumps(record, ensure_ascii=False)
+            yield ("[" if number == 0 else ",\n") + json_lines.dumps(record)
         yield "]\n"
     else:
-        yield from (json.dumps(record, ensure_ascii=False, indent=1) + "\n" for record in records)
+        yield from (json_lines.dumps(record, indent=1) + "\n" for record in records)
 
 
 def _csv_line(cells: Iterable[Any]) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(cells)
-    return line.getvalue()
+    """A row that ends in a line feed."""
+    line = io.StringIO()  # the writer quotes what its own end of a line holds, and readers split at a lone \r, too
+    csv.writer(line, lineterminator="\r\n").writerow(cells)
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _rows(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 A source is the unit that is prepared, resumed and identified: one file (or a group of small ones) or one
 split of a dataset. Its identity is its content, its name inside the pattern that found it, and its slice;
-never the folder it happens to lie in.
+never the folder it happens to lie in. What is a dataset and what is a directory of files, `folders` says.
 """
 
 import hashlib
@@ -10,10 +10,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.errors import SourceError
-from pipeline.io import files, tables
+from pipeline.io import files, folders, tables
+from pipeline.io.folders import PassedOver
 from pipeline.io.rows import Bad, ReadSettings, Reason, Row, read_rows
 
 
@@ -45,6 +46,8 @@ class Document:
     document_id: str
     """Stable: a hash of slice, file name and record number."""
     text: str
+    file: str
+    """The name of its file, or of the dataset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,37 +61,59 @@ class BadRecord:
     detail: str
 
 
+class Found(NamedTuple):
+    """Everything that a `corpus.source` names."""
+
+    sources: tuple[Source, ...]
+    """Sorted by slice and name."""
+    passed_over: tuple[PassedOver, ...]
+    """What it comes upon and does not read, or names twice."""
+
+
 def find_sources(
     source: str | Sequence[str] | Mapping[str, str | Sequence[str]],
     settings: ReadSettings,
     *,
     group_files: int = 1,
     embedded_chars: int = 0,
-) -> list[Source]:
-    """Everything a `corpus.source` names, sorted by slice and name.
+) -> Found:
+    """Everything a `corpus.source` names.
 
     Args:
-        source: a file, glob, URL, dataset directory or dataset id; several; or a mapping slice -> those.
+        source: a file, glob, directory, URL or dataset; several; or a mapping slice -> those.
         settings: how it will be read.
         group_files: about how many files share one source; the cut falls after a file whose name hashes to a
             multiple of it, so that a new file changes one group only.
         embedded_chars: length of an embedded text.
 
     Raises:
-        SourceError: if a part names nothing that can be read.
+        SourceError: if a part names nothing that can be read, or a split is asked for that files do not have.
     """
     by_slice = source if isinstance(source, Mapping) else {"all": source}
     found: dict[str, Source] = {}
+    books: list[PassedOver] = []
+    places: dict[Path, tuple[str, set[str]]] = {}
     for slice_name, parts in by_slice.items():
         mine: list[tuple[str, Path]] = []
+        twice: list[str] = []
         for part in [parts] if isinstance(parts, str) else parts:
             located = files.locate(part, embedded_chars)
-            if isinstance(located, str):
-                unit = _dataset_source(slice_name, located, settings)
+            books += located.passed_over
+            if located.is_directory:
+                _check_split(part, settings)
+            if located.dataset is not None:
+                unit, left_out = _dataset_source(slice_name, located.dataset, settings)
+                twice += [located.dataset] if unit.identity(settings) in found else []
                 found[unit.identity(settings)] = unit
-            else:
-                mine += located
-        for group in files.groups(files.distinct(mine), group_files):
+                books += left_out
+            mine += located.files
+        twice += files.repeated(mine)
+        if twice:
+            books.append(folders.book(f"(slice {slice_name})", "twice", twice))
+        named = files.distinct(mine)
+        for name, path in named:
+            places.setdefault(path.resolve(), (name, set()))[1].add(slice_name)
+        for group in files.groups(named, group_files):
             unit = Source(
                 slice=slice_name,
                 names=tuple(name for name, _ in group),
@@ -97,7 +122,20 @@ def find_sources(
                 digest=files.digest(path for _, path in group),
             )
             found[unit.identity(settings)] = unit
-    return sorted(found.values(), key=lambda unit: (unit.slice, unit.names, unit.digest))
+    if shared := [name for name, slices in places.values() if len(slices) > 1]:
+        books.append(folders.book("(several slices)", "several_slices", shared))
+    if not any(unit.dataset for unit in found.values()):
+        _check_split(str(source), settings)
+    units = sorted(found.values(), key=lambda unit: (unit.slice, unit.names, unit.digest))
+    return Found(tuple(units), tuple(dict.fromkeys(books)))
+
+
+def _check_split(part: str, settings: ReadSettings) -> None:
+    if settings.split != "train":
+        raise SourceError(
+            f"corpus.split is {settings.split!r}, but corpus.source {part} is files, which have no splits: leave "
+            "corpus.split out, or name the files of the split by a glob (a dataset has a card or a layout of its own)"
+        )
 
 
 def read(source: Source, settings: ReadSettings) -> Iterator[Document | BadRecord]:
@@ -117,30 +155,46 @@ def read(source: Source, settings: ReadSettings) -> Iterator[Document | BadRecor
         yield from _records(source, name, read_rows(path, settings), settings)
 
 
-def _dataset(name: str, settings: ReadSettings) -> Any:
+def _dataset(name: str, settings: ReadSettings) -> tuple[Any, list[PassedOver]]:
+    """A split, and the files of its directory that are in none."""
     import datasets
 
     datasets.disable_progress_bars()
     path = Path(name).expanduser()
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            stored = datasets.load_from_disk(str(path))
-            return stored[settings.split] if isinstance(stored, datasets.DatasetDict) else stored
-        return datasets.load_dataset(
-            str(path) if path.is_dir() else name,
-            split=settings.split,
-            revision=settings.revision,
-            streaming=settings.streaming,
+            return _saved(path, datasets.load_from_disk(str(path)), settings)
+        place = str(path) if path.is_dir() else name
+        left_out = []
+        if path.is_dir():
+            splits = datasets.load_dataset_builder(place).config.data_files or {}
+            left_out = folders.left_out(path, (str(file) for listed in splits.values() for file in listed))
+        split = datasets.load_dataset(
+            place, split=settings.split, revision=settings.revision, streaming=settings.streaming
         )
     except Exception as error:  # the library raises a dozen kinds for one cause: this is no such dataset
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SourceError(
             f"corpus.source {name} is neither a file nor a dataset with split {settings.split!r}: {reason}"
+            + (f"; to read it as files, name them by a glob: {path / '**'}" if path.is_dir() else "")
         ) from error
+    return split, left_out
+
+
+def _saved(path: Path, stored: Any, settings: ReadSettings) -> tuple[Any, list[PassedOver]]:
+    """What `save_to_disk` wrote: splits by name, or one of which only its own name is known, if any."""
+    splits = stored if isinstance(stored, dict) else {str(stored.split or "train"): stored}
+    left_out = folders.left_out(path, (file["filename"] for one in splits.values() for file in one.cache_files))
+    if isinstance(stored, dict) or settings.split != "train":
+        return splits[settings.split], left_out
+    return stored, left_out
 
 
 def _dataset_rows(name: str, settings: ReadSettings) -> Iterator[Any]:
-    loaded = _dataset(name, settings)
+    yield from _rows(name, _dataset(name, settings)[0], settings)
+
+
+def _rows(name: str, loaded: Any, settings: ReadSettings) -> Iterator[Any]:
     names = loaded.column_names
     if names is not None and settings.column not in names:
         raise tables.missing_column(name, settings.column, names)
@@ -150,14 +204,19 @@ def _dataset_rows(name: str, settings: ReadSettings) -> Iterator[Any]:
         raise SourceError(f"corpus.source {name} cannot be read as a dataset: {error}") from error
 
 
-def _dataset_source(slice_name: str, name: str, settings: ReadSettings) -> Source:
-    """A split of a dataset. Its digest is over the texts themselves, so a move or a re-download changes nothing."""
+def _dataset_source(slice_name: str, name: str, settings: ReadSettings) -> tuple[Source, list[PassedOver]]:
+    """A split of a dataset, and the files that it leaves out.
+
+    Its digest is over the texts themselves, so a move or a re-download changes nothing.
+    """
+    loaded, left_out = _dataset(name, settings)
     whole = hashlib.sha256()
-    for row in _dataset_rows(name, settings):
+    for row in _rows(name, loaded, settings):
         text = row.get(settings.column)
         whole.update(json.dumps(text, default=str).encode() + b"\n")
     label = Path(name).name if Path(name).expanduser().is_dir() else name
-    return Source(slice=slice_name, names=(label,), paths=(), dataset=name, digest=whole.hexdigest())
+    unit = Source(slice=slice_name, names=(label,), paths=(), dataset=name, digest=whole.hexdigest())
+    return unit, left_out
 
 
 def _records(source: Source, name: str, rows: Iterable[Row], settings: ReadSettings) -> Iterator[Document | BadRecord]:
@@ -168,7 +227,7 @@ def _records(source: Source, name: str, rows: Iterable[Row], settings: ReadSetti
         num_with += isinstance(row, Mapping) and settings.column in row
         if isinstance(text, str):
             digest = hashlib.sha256(f"{source.slice}\0{name}\0{line}".encode())
-            yield Document(digest.hexdigest()[:24], text)
+            yield Document(digest.hexdigest()[:24], text, name)
             continue
         if text.reason == "missing_column":
             num_missing += 1

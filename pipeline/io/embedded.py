@@ -64,7 +64,7 @@ def _code() -> Iterator[tuple[str, str]]:
 
 
 def _prose() -> Iterator[tuple[str, str]]:
-    with gzip.open(HERE / "prose.jsonl.gz", "rt", encoding="utf-8") as lines:
+    with gzip.open(HERE / "prose.jsonl.gz", "rb") as lines:
         for line in lines:
             record = json.loads(line)
             yield record["name"], record["text"]

@@ -49,21 +49,30 @@ Row = tuple[int, Any]
 """The line (text formats, from 1) or number (others, from 0) of a record, and the record or a `Bad`."""
 
 
+def is_known(path: Path) -> bool:
+    """Whether a file's name ends as one of `FORMATS`, packed or not."""
+    suffix, packed = _suffixes(path)
+    return suffix in FORMATS and not (packed and suffix in (".parquet", ".arrow"))
+
+
 def format_of(path: Path) -> str:
     """The suffix that names a file's format, without its packing.
 
     Raises:
         SourceError: if it is none of `FORMATS`.
     """
-    name = path.name.lower()
-    packed = next((packing for packing in PACKED if name.endswith(packing)), "")
-    suffix = Path(name.removesuffix(packed)).suffix
-    if suffix not in FORMATS or (packed and suffix in (".parquet", ".arrow")):
+    if not is_known(path):
         raise SourceError(
             f"corpus file {path} is of no known format; expected {', '.join(FORMATS)} (text formats also with "
             f"{' or '.join(PACKED)})"
         )
-    return suffix
+    return _suffixes(path)[0]
+
+
+def _suffixes(path: Path) -> tuple[str, str]:
+    name = path.name.lower()
+    packed = next((packing for packing in PACKED if name.endswith(packing)), "")
+    return Path(name.removesuffix(packed)).suffix, packed
 
 
 def read_rows(path: Path, settings: ReadSettings) -> Iterator[Row]:
@@ -143,7 +152,7 @@ def _parsed(text: str) -> Any:
 
 def _json(file: BinaryIO, path: Path, settings: ReadSettings) -> Iterator[Row]:
     """An array of records, an object that holds one, a single record, or (as is common) JSON lines."""
-    body = file.read()
+    body = file.read().removeprefix(b"\xef\xbb\xbf")
     try:
         whole = json.loads(body)
     except (ValueError, RecursionError) as error:

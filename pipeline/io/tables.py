@@ -82,14 +82,14 @@ def write(path: Path, schema: pa.Schema, parts: Iterable[pa.Table]) -> int:
 
 
 def read(path: Path, columns: Sequence[str] | None = None, **options: Any) -> pa.Table:
-    """A Parquet file of ours as a table, its page checksums verified.
+    """A Parquet file of ours as a table, its page checksums verified; folders named `key=value` are no columns.
 
     Raises:
         CorruptError: if it is not readable or a checksum differs.
     """
     try:
         _check_footer(path)
-        return pq.read_table(path, columns=columns, page_checksum_verification=True, **options)
+        return pq.read_table(path, columns=columns, page_checksum_verification=True, partitioning=None, **options)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise CorruptError(f"{path} cannot be read: {error}") from error
 
@@ -101,7 +101,7 @@ def read_any(path: Path) -> pa.Table:
         ValueError: if it is none.
     """
     try:
-        return pq.read_table(path)
+        return pq.read_table(path, partitioning=None)
     except pa.ArrowException as error:
         raise ValueError(str(error)) from error
 

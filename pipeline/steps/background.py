@@ -15,7 +15,7 @@ from pipeline.compute.discovery import TauMode, thresholds
 from pipeline.compute.stats import FeatureStats
 from pipeline.config import MasksConfig
 from pipeline.errors import ConfigError, CorruptError
-from pipeline.io import store, tables
+from pipeline.io import json_lines, store, tables
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.types import SiteKey
 
@@ -155,6 +155,6 @@ def _label_rows(path: Path) -> list[Any]:
         if path.suffix == ".parquet":
             rows: list[Any] = tables.read_any(path).to_pylist()
             return rows
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [json.loads(line) for line in json_lines.lines(path.read_bytes()) if line.strip()]
     except (OSError, ValueError) as error:
         raise ConfigError(f"the label table {path} cannot be read as .parquet or .jsonl: {error}") from error

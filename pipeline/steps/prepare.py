@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.compute.packing import Context, Packer
@@ -101,12 +101,11 @@ class Preparer:
         if done is not None:
             return done
         packer = self._packer()
-        bad: list[BadRecord] = []
-        counts: Counter[str] = Counter()
+        books = _Books()
         shards: list[ShardRecord] = []
         digests: dict[str, str] = {}
         num_tokens, complete = 0, True
-        for contexts in self._shards(packer.pack(self._encoded(source, bad, counts))):
+        for contexts in self._shards(packer.pack(self._encoded(source, books))):
             shard, sha256 = self._write_shard(source.slice, contexts)
             shards.append(shard)
             digests[shard.shard_id] = sha256
@@ -114,7 +113,7 @@ class Preparer:
             if corpus.max_tokens is not None and num_tokens >= corpus.max_tokens:
                 complete = False
                 break
-        if bad:
+        if bad := books.bad:
             lines = (json.dumps({"file": b.file, "line": b.line, "reason": b.reason, "detail": b.detail}) for b in bad)
             self._blobs.put(layout.quarantine(preparation_id, source_id), ("\n".join(lines) + "\n").encode())
         record = SourceRecord(
@@ -125,10 +124,11 @@ class Preparer:
             complete=complete,
             shards=tuple(shards),
             files_sha256=digests,
-            num_documents=counts["documents"],
-            num_with_bos=counts["with_bos"],
+            num_documents=books.documents.total(),
+            num_with_bos=books.num_with_bos,
             tokens_truncated=packer.tokens_truncated,
             dropped=dict(sorted(Counter(b.reason for b in bad).items())),
+            unused_files=books.unused(source.names, complete=complete),
         )
         key = source_id if complete else f"{source_id}-{corpus.max_tokens}"
         self._blobs.put(layout.source(preparation_id, key), record.to_bytes())
@@ -145,26 +145,26 @@ class Preparer:
             doubles_bos=fields["format"] == 1,
         )
 
-    def _encoded(self, source: Source, bad: list[BadRecord], counts: Counter[str]) -> Iterator[tuple[str, list[int]]]:
+    def _encoded(self, source: Source, books: "_Books") -> Iterator[tuple[str, list[int]]]:
         """Documents as token ids, tokenised in batches; bad records and documents are booked on the way."""
         batch: list[Document] = []
         size = 0
         for record in read(source, read_settings(self._settings.corpus)):
             if isinstance(record, BadRecord):
-                bad.append(record)
+                books.bad.append(record)
                 continue
             batch.append(record)
             size += len(record.text)
             if size >= _BATCH_CHARS:
-                yield from self._tokenised(batch, counts)
+                yield from self._tokenised(batch, books)
                 batch, size = [], 0
-        yield from self._tokenised(batch, counts)
+        yield from self._tokenised(batch, books)
 
-    def _tokenised(self, batch: list[Document], counts: Counter[str]) -> Iterator[tuple[str, list[int]]]:
+    def _tokenised(self, batch: list[Document], books: "_Books") -> Iterator[tuple[str, list[int]]]:
         if batch:
             for document, ids in zip(batch, self._tokenizer.encode([d.text for d in batch]), strict=True):
-                counts["documents"] += 1
-                counts["with_bos"] += ids[:1] == [self._tokenizer.bos_id] and not self._tokenizer.encodes_bos
+                books.documents[document.file] += 1
+                books.num_with_bos += ids[:1] == [self._tokenizer.bos_id] and not self._tokenizer.encodes_bos
                 yield document.document_id, ids
 
     def _shards(self, contexts: Iterator[Context]) -> Iterator[list[Context]]:
@@ -207,6 +207,22 @@ class Preparer:
             num_documents=len({d for c in contexts for d in c.document_ids}),
         )
         return record, hashlib.sha256(body).hexdigest()
+
+
+@dataclass(slots=True)
+class _Books:
+    """What reading a source gave."""
+
+    bad: list[BadRecord] = field(default_factory=list)
+    documents: Counter[str] = field(default_factory=Counter)
+    """By file, in the order of reading."""
+    num_with_bos: int = 0
+    """Documents that bring a BOS of their own."""
+
+    def unused(self, names: tuple[str, ...], *, complete: bool) -> tuple[str, ...]:
+        """The files without a usable record, of those that were read to their end."""
+        read_through = names if complete else names[: names.index(list(self.documents)[-1])]
+        return tuple(name for name in read_through if not self.documents[name])
 
 
 def _content_id(columns: Mapping[str, object]) -> str:
