@@ -102,7 +102,8 @@ def _gate(
             return Relu()
         case "GatedAutoEncoder":
             names = ("gate_bias", "mag_bias", "r_mag")
-            return Gated(*(tensor(weights, tensors, name, num_features) for name in names))
+            b_gate, b_mag, r_mag = (tensor(weights, tensors, name, num_features) for name in names)
+            return Gated(b_gate, b_mag, r_mag)
         case "AutoEncoderTopK":
             k = int(tensors["k"]) if "k" in tensors else trainer.get("k")
             return TopK(whole_number(weights.parent / CONFIG, k, "k"))

@@ -116,7 +116,9 @@ def _gate(weights: Path, architecture: str, config: dict[str, Any], tensors: Map
                 raise CheckpointError(f"{weights.parent / CONFIG} is of a topk SAE but gives k as {config.get('k')!r}")
             return TopK(config["k"])
         case "gated":
-            return Gated(*(tensor(weights, tensors, name, num_features) for name in ("b_gate", "b_mag", "r_mag")))
+            names = ("b_gate", "b_mag", "r_mag")
+            b_gate, b_mag, r_mag = (tensor(weights, tensors, name, num_features) for name in names)
+            return Gated(b_gate, b_mag, r_mag)
         case _:
             name = next((n for n in ("log_threshold", "topk_threshold") if n in tensors), "threshold")
             threshold = tensor(weights, tensors, name, num_features)
