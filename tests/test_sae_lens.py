@@ -289,7 +289,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str]] = {
     "no scale": (
         {"normalize_activations": "expected_average_only_in"},
         {},
-        r"expects activations scaled by a factor that it does not hold .* put it into activation_scaler\.json",
+        r"expects activations scaled by a factor that it does not hold .* or in activation_scaler\.json as",
     ),
     "whitened": (
         {"normalize_activations": "covariance_whitening"},

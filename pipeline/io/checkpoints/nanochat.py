@@ -22,6 +22,7 @@ from torch import Tensor
 from pipeline.compute.sae import Gate, Gated, Postact, Relu, SparseAutoencoder, TopK
 from pipeline.errors import ArgumentError, CheckpointError, ConfigError
 from pipeline.io.checkpoints.files import read_torch
+from pipeline.io.checkpoints.stated import Stated
 from pipeline.types import HookPoint
 
 _BEST = "best_model.pt"
@@ -62,7 +63,7 @@ def files(weights: Path) -> tuple[Path, ...]:
     return (found.path,) if found.config_path is None else (found.path, found.config_path)
 
 
-def read(weights: Path, _tensors: Mapping[str, Tensor], _k: int | None) -> tuple[SparseAutoencoder, dict[str, Any]]:
+def read(weights: Path, _tensors: Mapping[str, Tensor], _stated: Stated) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """The SAE of a file, and its config with the hook point also as `hook_name`.
 
     Raises:
