@@ -267,7 +267,7 @@ def test_a_census_passes_over_negative_codes_and_says_so(tmp_path, analyze_confi
     assert float(l0) + int(negative) / int(num_tokens) == pytest.approx(45, abs=0.1)
     assert int(negative) > 0
     warning = (
-        rf"warning: .*: {negative} of {45 * int(num_tokens)} codes are negative, as its TopK has no ReLU; a feature"
+        rf"warning: .*: {negative} of {45 * int(num_tokens)} codes are negative, as its gate has no ReLU; a feature"
     )
     assert any(re.match(warning, line) for line in said)
     features = done.catalog.features.to_pylist()

@@ -36,6 +36,7 @@ from tiny_checkpoints import (
     sparsify,
 )
 
+from pipeline.compute.edits import Edit, edit
 from pipeline.compute.sae import TopK
 from pipeline.errors import CheckpointError
 from pipeline.io.checkpoints import LoadedSae, load_sae
@@ -60,7 +61,10 @@ def exact(tensors: Tensors) -> Arrays:
 
 
 def assert_computes(loaded: LoadedSae, d: int, formula: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> None:
-    """The SAE's signed codes and reconstruction are the formula's, which is neither silent nor dense."""
+    """The SAE's signed codes and reconstruction are the formula's, which is neither silent nor dense.
+
+    So are what an activation becomes without its error, and the codes that a factor scales.
+    """
     x = 2 * normal(B, T, d, seed=9) + 0.3
     expected, reconstruction = formula(x.double().numpy())
     assert 0.02 < (expected != 0).mean() < 0.9
@@ -69,6 +73,14 @@ def assert_computes(loaded: LoadedSae, d: int, formula: Callable[[np.ndarray], t
     ours[codes.row, codes.position, codes.feature] = codes.value
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(loaded.sae.reconstruct(x, codes), reconstruction, rtol=1e-4, atol=1e-4)
+    feature = int(np.argmin(expected.min(axis=(0, 1))))  # the most negative code, if there is any
+    dropped = edit(loaded.sae, x.flatten(0, 1), [Edit(feature=feature, value=1.0)], error_term="drop").x
+    np.testing.assert_allclose(dropped.view(x.shape), reconstruction, rtol=1e-4, atol=1e-4)
+    scaled = edit(loaded.sae, x.flatten(0, 1), [Edit(feature=feature, value=3.0)])
+    assert scaled.touched.tolist() == (expected[..., feature] != 0).flatten().tolist()
+    if loaded.sae.transform == "none":
+        step = 2 * expected[..., feature, None] * loaded.sae.w_dec[feature].double().numpy()
+        np.testing.assert_allclose(scaled.x.view(x.shape) - x, step, rtol=1e-4, atol=1e-4)
 
 
 # ---- Qwen-Scope

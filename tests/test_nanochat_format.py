@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import pipeline
-from pipeline.compute.sae import Gated, JumpRelu, Relu, SparseAutoencoder, TopK
+from pipeline.compute.edits import Edit, edit
+from pipeline.compute.sae import Gate, Gated, JumpRelu, Relu, SparseAutoencoder, TopK
 from pipeline.errors import ArgumentError, CheckpointError
 from pipeline.io.checkpoints import load_sae
 from pipeline.io.checkpoints.nanochat import load_saes, save_sae
@@ -82,6 +83,37 @@ def test_codes_are_the_positive_ones_of_the_formula(activation: str, tmp_path: P
     assert (expected < 0).any() == (activation == "gated")
     assert (loaded.name, str(loaded.hook_point)) == ("saes", HOOK)
     assert loaded.metadata == config_of(activation) | {"hook_name": HOOK}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_edit_sees_the_negative_codes_of_the_formula_too(activation: str, tmp_path: Path) -> None:
+    sae, state = load_sae(str(write(tmp_path / "layer_3.pt", activation))).sae, state_of(activation)
+    sae.b_enc[:] = state["b_enc"] = state["b_enc"] - 4  # few codes of the topk are positive now
+    if isinstance(sae.gate, Gated):
+        sae.gate.b_mag[:] = state["b_enc"]
+        sae.b_enc[:] = 0
+    x = X.flatten(0, 1)
+    z = literal(activation, state, x).float()
+    assert (z < 0).any() == (activation != "relu")
+    feature = int(z.min(dim=0).values.argmin())
+    whole = z @ state["W_dec"] + state["b_dec"]
+    step = z[:, feature, None] * state["W_dec"][feature]
+    dropped = edit(sae, x, [Edit(feature=feature, value=0.0)], error_term="drop").x
+    torch.testing.assert_close(dropped, whole - step, rtol=1e-4, atol=1e-4)
+    kept = edit(sae, x, [Edit(feature=feature, value=-1.0)]).x
+    torch.testing.assert_close(kept, x - 2 * step, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("gate", [TopK(K), Gated(normal(F, seed=4), normal(F, seed=5), 0.3 * normal(F))])
+def test_a_gate_that_ends_in_a_relu_still_does_after_saving(gate: Gate, tmp_path: Path) -> None:
+    parts = {"w_enc": normal(D, F), "b_enc": torch.zeros(F), "w_dec": normal(F, D, seed=2), "b_dec": normal(D, seed=3)}
+    sae = SparseAutoencoder(**parts, gate=gate)
+    save_sae(sae, {"hook_point": HOOK}, tmp_path / "a.pt")
+    assert load_sae(str(tmp_path / "a.pt")).sae.gate.postact == "relu"
+    with pytest.raises(ArgumentError, match=r"config says \{'postact': 'identity'\}, but the SAE has"):
+        save_sae(sae, {"hook_point": HOOK, "postact": "identity"}, tmp_path / "b.pt")
+    with pytest.raises(CheckpointError, match="gives postact as 'tanh'; expected relu or identity"):
+        load_sae(str(write(tmp_path / "c" / "a.pt", "topk", config=config_of("topk") | {"postact": "tanh"})))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.compute.edits import Edit, edit
 from pipeline.compute.sae import Gated, JumpRelu, Relu, TopK
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.io.checkpoints import LoadedSae, load_sae
@@ -76,7 +77,7 @@ def random_sae(architecture: str, *, training: bool = False, hook_name: str = HO
 
 
 def assert_agree(loaded: LoadedSae, theirs: SAE, x: Tensor = X, their_x: Tensor | None = None) -> None:
-    """Same codes and same reconstruction to 1e-5; neither all zero nor all firing."""
+    """Same codes, same reconstruction and same activation without its error, to 1e-5; not all zero or firing."""
     codes = loaded.sae.encode(x)
     ours = torch.zeros(B, T, F)
     ours[codes.row.tolist(), codes.position.tolist(), codes.feature.tolist()] = torch.from_numpy(codes.value)
@@ -86,6 +87,8 @@ def assert_agree(loaded: LoadedSae, theirs: SAE, x: Tensor = X, their_x: Tensor 
     assert 0.02 < (expected > 0).float().mean() < 0.8
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(loaded.sae.reconstruct(x, codes), reconstruction, rtol=0, atol=1e-5)
+    dropped = edit(loaded.sae, x.flatten(0, 1), [Edit(feature=0, value=1.0)], error_term="drop").x
+    torch.testing.assert_close(dropped.view(x.shape), reconstruction, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("apply_b_dec_to_input", [False, True])
@@ -286,7 +289,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str]] = {
     "no scale": (
         {"normalize_activations": "expected_average_only_in"},
         {},
-        r"expects activations scaled by a factor that it does not hold .* put it into activation_scaler\.json",
+        r"expects activations scaled by a factor that it does not hold .* or in activation_scaler\.json as",
     ),
     "whitened": (
         {"normalize_activations": "covariance_whitening"},

@@ -103,15 +103,16 @@ def edit(
 ) -> Edited:
     """Activations with edited codes.
 
-    All edits start from the codes of `x`; several edits of one feature are applied in order. Gradients flow
-    through touched tokens as through x + (z'(x) - z(x)) d, except where the error term is dropped.
+    All edits start from the codes of `x`, the negative ones of a gate without ReLU among them; several edits of one
+    feature are applied in order. Gradients flow through touched tokens as through x + (z'(x) - z(x)) d, except where
+    the error term is dropped.
 
     Args:
         sae: whose codes are edited.
         x: activations of any float dtype; the arithmetic is at least float32.
         edits: at least one.
         where: tokens that may be touched; None means all.
-        error_term: drop replaces every such token by the SAE's reconstruction from the edited codes.
+        error_term: drop replaces every such token by the SAE's reconstruction from all of its codes, edited.
 
     Raises:
         ArgumentError: if a finite activation would overflow its dtype.
@@ -135,7 +136,7 @@ def edit(
     base = old.to(torch.promote_types(old.dtype, torch.float32))
     if error_term == "drop":
         with torch.no_grad():
-            base = sae.reconstruct(old[None], sae.encode(old[None]))[0]
+            base = sae.reconstruct(old[None], sae.encode(old[None], signed=True))[0]
     new = (base + sae.decode_change(change[touched], index, old)).to(x.dtype)
     if (torch.isfinite(old).all(dim=1) & ~torch.isfinite(new).all(dim=1)).any():
         raise ArgumentError(

@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.compute.codes import Codes, sorted_codes
 
 Transform = Literal["none", "constant_norm_rescale", "layer_norm"]
+Postact = Literal["relu", "identity"]
 TILE_TOKENS = {"cpu": 512, "cuda": 4096}
 TILE_FEATURES = {"cpu": 4096, "cuda": 32768}
 
@@ -39,22 +40,48 @@ class TopK:
     """z = postact(pre) at the k largest pre of a token, else 0; among equals the lowest feature wins."""
 
     k: int
-    postact: Literal["relu", "identity"] = "relu"
+    postact: Postact = "relu"
     """identity leaves a code negative where fewer than k pre are positive. Such a feature does not fire."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gated:
-    """z = 1[v W_gate + b_gate > 0] max(v W_enc exp(r_mag) + b_mag, 0), with v the shifted input (b_enc is 0)."""
+    """z = 1[v W_gate + b_gate > 0] postact(v W_enc exp(r_mag) + b_mag), with v the shifted input (b_enc is 0)."""
 
     b_gate: Float[Tensor, " F"]
     b_mag: Float[Tensor, " F"]
     r_mag: Float[Tensor, " F"]
     w_gate: Float[Tensor, "D F"] | None = None
     """None: W_enc, as in the published form."""
+    postact: Postact = "relu"
+    """relu, as in the published form; identity lets negative codes through. Such a feature does not fire."""
 
 
 Gate = Relu | JumpRelu | TopK | Gated
+
+
+@dataclass(frozen=True, slots=True)
+class CodeUnit:
+    """What a code of 1 stands for: how the activations that it measures were scaled, and what was folded in.
+
+    Codes of two SAEs can be held against each other as numbers only where their units are equal.
+    """
+
+    activations: Literal["raw", "scaled", "constant_norm_rescale", "layer_norm"] = "raw"
+    """raw: as the model gives them; scaled: times one factor; else each token by itself, as the transform says."""
+    scale: float = 1.0
+    """That factor."""
+    decoder_norm: bool = False
+    """Whether each code was multiplied by the length of its decoder row, which was then brought to length 1."""
+
+    def __str__(self) -> str:
+        words = {
+            "raw": "raw activations",
+            "scaled": f"activations times {self.scale:.6g}",
+            "constant_norm_rescale": "activations brought to length sqrt(D), token by token",
+            "layer_norm": "activations after a layer norm, token by token",
+        }
+        return words[self.activations] + (", times the decoder row's length" if self.decoder_norm else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +97,22 @@ class SparseAutoencoder:
     """Subtracted from the input before encoding."""
     transform: Transform = "none"
     """Per-token normalisation of the input, undone on the reconstruction."""
+    scale: float = 1.0
+    """The factor of activations that is folded into `w_enc` and undone in `w_dec`; codes are of scaled activations."""
+    decoder_norm: bool = False
+    """Whether the lengths of the decoder rows are folded into `w_enc`; codes are then times those lengths."""
+
+    @property
+    def unit(self) -> CodeUnit:
+        """What its codes are measured in."""
+        if self.transform != "none":
+            return CodeUnit(self.transform, decoder_norm=self.decoder_norm)
+        return CodeUnit("raw" if self.scale == 1 else "scaled", self.scale, self.decoder_norm)
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether its codes may be negative."""
+        return isinstance(self.gate, TopK | Gated) and self.gate.postact == "identity"
 
     @property
     def width(self) -> int:
@@ -88,7 +131,8 @@ class SparseAutoencoder:
             gate = JumpRelu(gate.threshold.to(device))
         elif isinstance(gate, Gated):
             w_gate = None if gate.w_gate is None else gate.w_gate.to(device)
-            gate = Gated(gate.b_gate.to(device), gate.b_mag.to(device), gate.r_mag.to(device), w_gate)
+            b_gate, b_mag, r_mag = (one.to(device) for one in (gate.b_gate, gate.b_mag, gate.r_mag))
+            gate = replace(gate, b_gate=b_gate, b_mag=b_mag, r_mag=r_mag, w_gate=w_gate)
         return replace(
             self,
             w_enc=self.w_enc.to(device),
@@ -105,7 +149,7 @@ class SparseAutoencoder:
         Args:
             x: finite activations of any float dtype.
             first_row: the shard's row that row 0 of `x` is.
-            signed: also give the negative codes of a `TopK` without ReLU; no other gate has any.
+            signed: also give the negative codes of a gate without ReLU; the others have none.
         """
         tokens = x.flatten(0, 1)
         step = TILE_TOKENS.get(x.device.type, TILE_TOKENS["cpu"])
@@ -140,7 +184,8 @@ class SparseAutoencoder:
     def codes_of(self, x: Float[Tensor, "N D"], features: Int64[Tensor, " f"]) -> Float[Tensor, "N f"]:
         """The codes of some features as columns, float32, 0 where silent; gradients flow through them.
 
-        Only these features are computed where the gate judges each by itself; a top-k gate needs all.
+        Negative ones of a gate without ReLU are among them, as the SAE's own library would decode them. Only these
+        features are computed where the gate judges each by itself; a top-k gate needs all.
 
         Args:
             x: activations of any float dtype.
@@ -188,7 +233,7 @@ class SparseAutoencoder:
                 tiles.append((value, index + start))
             else:
                 z = self._elementwise(pre, u, part)
-                token, feature = (z > 0).nonzero(as_tuple=True)
+                token, feature = (z != 0 if signed and self.is_signed else z > 0).nonzero(as_tuple=True)
                 tiles.append((z[token, feature], torch.stack([token, feature + start])))
         if not isinstance(self.gate, TopK):
             token, feature = torch.cat([where for _, where in tiles], dim=1)
@@ -200,15 +245,16 @@ class SparseAutoencoder:
         token = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
         if values.min() > 0:  # nearly always: k features of a token are positive
             return token.flatten(), features.flatten(), values.flatten()
-        keep = values != 0 if signed and self.gate.postact == "identity" else values > 0
+        keep = values != 0 if signed and self.is_signed else values > 0
         return token[keep], features[keep], values[keep]
 
     def _columns(self, x: Float[Tensor, "N D"], features: Int64[Tensor, " f"]) -> Float[Tensor, "N f"]:
         if not isinstance(self.gate, TopK):
             u = self._shifted(x)
             pre = torch.addmm(self.b_enc[features], u, self.w_enc[:, features])
-            return self._elementwise(pre, u, features).relu()
-        token, feature, value = self._encode_tile(x, signed=False)
+            z = self._elementwise(pre, u, features)
+            return z if self.is_signed else z.relu()
+        token, feature, value = self._encode_tile(x, signed=True)
         column = torch.full((self.num_features,), -1, device=x.device)
         column[features] = torch.arange(len(features), device=x.device)
         column = column[feature]
@@ -222,7 +268,7 @@ class SparseAutoencoder:
         match self.gate:
             case JumpRelu(threshold):
                 return torch.where(pre > threshold[part], pre, 0)
-            case Gated(b_gate, b_mag, r_mag, w_gate):
+            case Gated(b_gate, b_mag, r_mag, w_gate, _):
                 magnitude = torch.addcmul(b_mag[part], pre, r_mag[part].exp())
                 judged = pre if w_gate is None else u @ w_gate[:, part]
                 return torch.where(judged + b_gate[part] > 0, magnitude, 0)
@@ -256,6 +302,18 @@ class SparseAutoencoder:
             case _:
                 scale = torch.ones_like(x[:, :1])
         return scale
+
+
+def folded(sae: SparseAutoencoder, scale: float) -> SparseAutoencoder:
+    """The same SAE for activations that it expects times `scale`: raw ones enter, codes stay what they were."""
+    return replace(
+        sae,
+        w_enc=sae.w_enc * scale,
+        w_dec=sae.w_dec / scale,
+        b_dec=sae.b_dec / scale,
+        pre_bias=None if sae.pre_bias is None else sae.pre_bias / scale,
+        scale=sae.scale * scale,
+    )
 
 
 def _lengths(rows: Float[Tensor, "N M"]) -> Float[Tensor, " N"]:

@@ -47,6 +47,13 @@ class SaeConfig(Section):
     """Commit, tag or branch of a hub id."""
     k: PositiveInt | None = None
     """Codes of a token, for a TopK checkpoint that does not say; where one does, both must agree."""
+    normalize_activations: Literal["none", "constant_norm_rescale", "layer_norm", "expected_average_only_in"] | None = (
+        None
+    )
+    """What the SAE expects to be done to activations, in SAELens' words, where its folder does not say it or says it
+    wrongly: brought to length sqrt(D) or through a layer norm, token by token, or all times norm_scaling_factor."""
+    norm_scaling_factor: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """The factor of expected_average_only_in, where no file says it: sqrt(D) / the average length of activations."""
 
 
 class CorpusConfig(Section):

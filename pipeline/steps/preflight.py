@@ -41,7 +41,7 @@ class Fit:
     l0: float
     """Codes a token."""
     num_negative: int
-    """Codes below 0, which a TopK without ReLU may have; the census passes over them, and so do the numbers here."""
+    """Codes below 0, which a gate without ReLU may have; the census passes over them, and so do the numbers here."""
     dead_share: float
     """Features that fired on none of these tokens."""
     norm: float
@@ -161,7 +161,7 @@ def complaints(fits: Sequence[Fit], saes: Mapping[SiteKey, LoadedSae], bos: bool
         num_codes = fit.num_negative + fit.l0 * fit.num_tokens
         if fit.num_negative > MANY_NEGATIVE * num_codes:
             found.append(
-                f"{fit.site}: {fit.num_negative} of {num_codes:.0f} codes are negative, as its TopK has no ReLU; a "
+                f"{fit.site}: {fit.num_negative} of {num_codes:.0f} codes are negative, as its gate has no ReLU; a "
                 "feature fires where its code is above 0, so the census passes over them"
             )
         if (metadata.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"):

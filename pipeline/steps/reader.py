@@ -21,7 +21,14 @@ def load_saes(chosen: Sequence[SaeConfig]) -> dict[SiteKey, LoadedSae]:
     found: dict[SiteKey, LoadedSae] = {}
     for one in chosen:
         loaded = load_sae(
-            one.path, hook_point=one.hook_point, format_name=one.format, name=one.name, revision=one.revision, k=one.k
+            one.path,
+            hook_point=one.hook_point,
+            format_name=one.format,
+            name=one.name,
+            revision=one.revision,
+            k=one.k,
+            normalize_activations=one.normalize_activations,
+            norm_scaling_factor=one.norm_scaling_factor,
         )
         key = SiteKey(loaded.hook_point, loaded.name)
         if key in found:

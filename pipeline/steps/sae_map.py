@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from pipeline.config import SaeConfig
 from pipeline.errors import ConfigError
@@ -19,7 +20,8 @@ def saes_named(given: str) -> list[SaeConfig]:
     """The SAEs behind a name.
 
     A mapping has entries such as `22/resid_pre: path`, `blocks.22.hook_resid_pre: path`, or
-    `22: {resid_pre: path, mlp_out: path}`; paths in it are relative to its file.
+    `22: {resid_pre: path, mlp_out: path}`; paths in it are relative to its file. In place of a path may stand the
+    keys of `saes[]`, as `22/resid_pre: {path: path, normalize_activations: constant_norm_rescale}`.
 
     Raises:
         ConfigError: if a mapping is not one.
@@ -49,13 +51,24 @@ def _entries(path: Path, content: Any) -> Iterator[SaeConfig]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a mapping; expected lines such as '22/resid_pre: path/of/sae'")
     for key, value in content.items():
-        inner = {f"{key}/{stream}": sae for stream, sae in value.items()} if isinstance(value, dict) else {key: value}
+        by_stream = isinstance(value, dict) and "path" not in value
+        inner = {f"{key}/{stream}": sae for stream, sae in value.items()} if by_stream else {key: value}
         for place, sae in inner.items():
-            if not isinstance(sae, str) or not sae:
-                raise ConfigError(f"{path}: {place} maps to {sae!r}; expected the path of an SAE")
-            beside = path.parent / sae
-            where = str(beside) if beside.exists() else sae
-            yield SaeConfig(path=where, hook_point=_hook_point(path, str(place)))
+            yield _sae(path, str(place), sae)
+
+
+def _sae(path: Path, place: str, given: Any) -> SaeConfig:
+    keys = {"path": given} if isinstance(given, str) else given
+    if not isinstance(keys, dict) or not isinstance(keys.get("path"), str) or not keys["path"]:
+        raise ConfigError(f"{path}: {place} maps to {given!r}; expected the path of an SAE")
+    beside = path.parent / keys["path"]
+    where = str(beside) if beside.exists() else keys["path"]
+    try:
+        return SaeConfig.model_validate(keys | {"path": where, "hook_point": _hook_point(path, place)})
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ConfigError(f"{path}: {place} has a key that is no key of saes[], or no value of one: {what}") from error
 
 
 def _hook_point(path: Path, place: str) -> str:

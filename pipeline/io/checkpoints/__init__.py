@@ -6,13 +6,15 @@ One module per format family; `FORMATS` lists them. Each has
   folder holds a file for each;
 - `FILES`: the files that decide an SAE, the weights by the first of their names; its digest is over them;
 - `detect(folder)`: whether a folder is laid out like this;
-- `read(weights, tensors, k)`: the SAE and its metadata (`hook_name`, …, possibly empty) from the path of the
-  weights, their tensors in float32, and the k that the user gave, for files that do not say it.
+- `read(weights, tensors, stated)`: the SAE and its metadata (`hook_name`, …, possibly empty) from the path of the
+  weights, their tensors in float32, and what the user stated, for files that do not say it. What of it changed the
+  SAE stands in the metadata under `overrides`, unless a file says it.
 
 The door to huggingface_hub; `files` is the one to safetensors.
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +22,7 @@ from typing import Any
 
 import torch
 
-from pipeline.compute.sae import SparseAutoencoder, TopK
+from pipeline.compute.sae import CodeUnit, SparseAutoencoder, TopK
 from pipeline.errors import CheckpointError
 from pipeline.io import embedded
 from pipeline.io.checkpoints import (
@@ -36,6 +38,7 @@ from pipeline.io.checkpoints import (
     sparsify,
 )
 from pipeline.io.checkpoints.files import SUFFIXES, read_tensors, read_torch
+from pipeline.io.checkpoints.stated import Normalization, Stated
 from pipeline.types import HookPoint
 
 FORMATS: dict[str, ModuleType] = {
@@ -50,6 +53,8 @@ FORMATS: dict[str, ModuleType] = {
     "neel": neel,
     "nanochat": nanochat,
 }
+_SAYS_NORMALIZATION = (sae_lens, llamascopium)
+"""Formats whose readers see to what the user states of it; `Stated.applied` does for the others."""
 _MAX_LAYERS = 256
 
 
@@ -62,9 +67,14 @@ class LoadedSae:
     hook_point: HookPoint
     sae: SparseAutoencoder
     digest: str
-    """sha256 over the checkpoint's config and weights."""
+    """sha256 over the checkpoint's config and weights, and over the settings that decide codes and no file says."""
     metadata: dict[str, Any]
     """What the checkpoint says about its training."""
+
+    @property
+    def unit(self) -> CodeUnit:
+        """What its codes are measured in."""
+        return self.sae.unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +96,8 @@ def load_sae(
     name: str | None = None,
     revision: str | None = None,
     k: int | None = None,
+    normalize_activations: Normalization | None = None,
+    norm_scaling_factor: float | None = None,
 ) -> LoadedSae:
     """Read the SAE at a local path, a hub id (`org/repo/sub/folder`) or an `embedded:` name.
 
@@ -97,6 +109,9 @@ def load_sae(
         name: defaults to the last part of the path that is not a file.
         revision: of a hub repository.
         k: of a TopK SAE whose checkpoint does not say it; where it does, both must agree.
+        normalize_activations: what the SAE expects to be done to activations, where its folder does not say it.
+        norm_scaling_factor: the factor of `expected_average_only_in`, where its folder does not say it; where it
+            does, both must agree.
 
     Raises:
         CheckpointError: if nothing readable lies there.
@@ -106,7 +121,11 @@ def load_sae(
     place = _locate(path, revision, chosen)
     reader = _reader(place, format_name)
     weights = _weights(place, reader, chosen)
-    sae, metadata = reader.read(weights, read_tensors(weights), k)
+    stated = Stated(k=k, normalize_activations=normalize_activations, norm_scaling_factor=norm_scaling_factor)
+    sae, metadata = reader.read(weights, read_tensors(weights), stated)
+    if reader not in _SAYS_NORMALIZATION:
+        sae, overrides = stated.applied(sae, reader.__name__.rsplit(".", 1)[-1])
+        metadata |= {"overrides": overrides} if overrides else {}
     _check(place.folder, sae)
     if k is not None and not (isinstance(sae.gate, TopK) and sae.gate.k == k):
         own = f"a TopK of k = {sae.gate.k}" if isinstance(sae.gate, TopK) else f"a {type(sae.gate).__name__}"
@@ -119,7 +138,7 @@ def load_sae(
         name=name or place.name,
         hook_point=chosen,
         sae=sae,
-        digest=_digest(place.folder, reader, weights, sae),
+        digest=_digest(place.folder, reader, weights, sae, metadata.get("overrides")),
         metadata=metadata,
     )
 
@@ -215,7 +234,9 @@ def _weights(place: _Place, reader: ModuleType, chosen: HookPoint | None) -> Pat
     raise CheckpointError(f"{place.folder} {which} ({_listing(place.folder)}); give the path of {expected}{advice}")
 
 
-def _digest(folder: Path, reader: ModuleType, weights: Path, sae: SparseAutoencoder) -> str:
+def _digest(
+    folder: Path, reader: ModuleType, weights: Path, sae: SparseAutoencoder, overrides: dict[str, Any] | None
+) -> str:
     digest = hashlib.sha256()
     for file in _files(folder, reader, weights):
         if file.is_file():
@@ -223,6 +244,8 @@ def _digest(folder: Path, reader: ModuleType, weights: Path, sae: SparseAutoenco
                 digest.update(str(file.relative_to(folder)).encode() + hashlib.file_digest(opened, "sha256").digest())
     if isinstance(sae.gate, TopK) and not any(file.suffix == ".json" for file in _files(folder, reader, weights)):
         digest.update(str(sae.gate.k).encode())  # no file says it
+    if overrides:
+        digest.update(json.dumps(overrides, sort_keys=True).encode())
     return digest.hexdigest()
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from pipeline.compute.sae import Gate, Gated, JumpRelu, Relu, SparseAutoencoder, TopK
 from pipeline.errors import CheckpointError
 from pipeline.io.checkpoints.files import check_shapes, json_object, matrix, tensor, whole_number
+from pipeline.io.checkpoints.stated import Stated
 
 CONFIG, WEIGHTS = "config.json", ("ae.pt",)
 FILES = (CONFIG, *WEIGHTS)
@@ -45,7 +46,7 @@ def detect(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / WEIGHTS[0]).is_file()
 
 
-def read(weights: Path, tensors: Mapping[str, Tensor], _k: int | None) -> tuple[SparseAutoencoder, dict[str, Any]]:
+def read(weights: Path, tensors: Mapping[str, Tensor], _stated: Stated) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """The SAE of a folder; its hook point where the config names a block's output or input.
 
     Raises:
@@ -77,6 +78,7 @@ def read(weights: Path, tensors: Mapping[str, Tensor], _k: int | None) -> tuple[
         b_dec=b_dec,
         gate=_gate(weights, kind, tensors, trainer, w_enc.shape[1]),
         pre_bias=None if kind in _NOT_SUBTRACTED else b_dec,
+        decoder_norm=kind == "AutoEncoder",
     )
     about = {"hook_name": _hook_name(trainer, buffer), "model_name": trainer.get("lm_name")}
     return sae, about | {"context_size": buffer.get("ctx_len")}
@@ -102,7 +104,8 @@ def _gate(
             return Relu()
         case "GatedAutoEncoder":
             names = ("gate_bias", "mag_bias", "r_mag")
-            return Gated(*(tensor(weights, tensors, name, num_features) for name in names))
+            b_gate, b_mag, r_mag = (tensor(weights, tensors, name, num_features) for name in names)
+            return Gated(b_gate, b_mag, r_mag)
         case "AutoEncoderTopK":
             k = int(tensors["k"]) if "k" in tensors else trainer.get("k")
             return TopK(whole_number(weights.parent / CONFIG, k, "k"))

@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.compute.sae import JumpRelu, SparseAutoencoder
 from pipeline.errors import CheckpointError
 from pipeline.io.checkpoints.files import check_shapes, matrix, tensor
+from pipeline.io.checkpoints.stated import Stated
 
 WEIGHTS = ("params.npz",)
 FILES = WEIGHTS
@@ -28,7 +29,7 @@ def detect(folder: Path) -> bool:
     return (folder / WEIGHTS[0]).is_file()
 
 
-def read(weights: Path, tensors: Mapping[str, Tensor], _k: int | None) -> tuple[SparseAutoencoder, dict[str, Any]]:
+def read(weights: Path, tensors: Mapping[str, Tensor], _stated: Stated) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """The SAE of a folder; its hook point where the path says repository and layer.
 
     Raises:
@@ -45,9 +46,10 @@ def read(weights: Path, tensors: Mapping[str, Tensor], _k: int | None) -> tuple[
     gate = JumpRelu(tensor(weights, named, "threshold", w_enc.shape[1]))
     sae = SparseAutoencoder(w_enc=w_enc, b_enc=b_enc, w_dec=w_dec, b_dec=b_dec, gate=gate)
     layer = next((found for part in reversed(parts) if (found := re.fullmatch(r"layer_(\d+)", part))), None)
+    trained = {"prepend_bos": True, "context_size": 1024}
     if not (repository and layer):
-        return sae, {}
-    return sae, {
+        return sae, trained
+    return sae, trained | {
         "hook_name": f"blocks.{layer[1]}.{_STREAMS[repository[2]]}",
         "model_name": f"gemma-2-{repository[1].removesuffix('-pt')}",
     }

@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.compute.sae import JumpRelu, SparseAutoencoder
 from pipeline.errors import CheckpointError
 from pipeline.io.checkpoints.files import check_shapes, json_object, matrix, tensor
+from pipeline.io.checkpoints.stated import Stated
 
 CONFIG, WEIGHTS = "config.json", ("params.safetensors",)
 FILES = (CONFIG, *WEIGHTS)
@@ -31,7 +32,7 @@ def detect(folder: Path) -> bool:
     return (folder / WEIGHTS[0]).is_file()
 
 
-def read(weights: Path, tensors: Mapping[str, Tensor], _k: int | None) -> tuple[SparseAutoencoder, dict[str, Any]]:
+def read(weights: Path, tensors: Mapping[str, Tensor], _stated: Stated) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """The SAE of a folder; its hook point where the config, or else the path, names one.
 
     Raises:
@@ -50,7 +51,8 @@ def read(weights: Path, tensors: Mapping[str, Tensor], _k: int | None) -> tuple[
     check_shapes(weights, w_enc, b_enc, w_dec, b_dec)
     gate = JumpRelu(tensor(weights, tensors, "threshold", w_enc.shape[1]))
     sae = SparseAutoencoder(w_enc=w_enc, b_enc=b_enc, w_dec=w_dec, b_dec=b_dec, gate=gate)
-    return sae, {"hook_name": _hook_name(folder, entry), "model_name": config.get("model_name")}
+    about = {"hook_name": _hook_name(folder, entry), "model_name": config.get("model_name")}
+    return sae, about | {"prepend_bos": True, "context_size": 1024}
 
 
 def _hook_name(folder: Path, module: str | None) -> str | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.compute.sae import Gate, JumpRelu, SparseAutoencoder, TopK
 from pipeline.errors import CheckpointError
 from pipeline.io.checkpoints.files import check_shapes, json_object, matrix, positive, tensor, whole_number
+from pipeline.io.checkpoints.stated import Stated
 
 CONFIG, WEIGHTS = "hyperparams.json", ("checkpoints/final.safetensors", "sae_weights.safetensors")
 FILES = (CONFIG, WEIGHTS[0])
@@ -28,7 +29,7 @@ def detect(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in WEIGHTS)
 
 
-def read(weights: Path, tensors: Mapping[str, Tensor], _k: int | None) -> tuple[SparseAutoencoder, dict[str, Any]]:
+def read(weights: Path, tensors: Mapping[str, Tensor], _stated: Stated) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """The SAE of a folder.
 
     Raises:
@@ -51,13 +52,14 @@ def read(weights: Path, tensors: Mapping[str, Tensor], _k: int | None) -> tuple[
     norms = config.get("dataset_average_activation_norm") or {}
     scale = math.sqrt(len(w_enc)) / positive(path, norms.get("in"), "dataset_average_activation_norm.in")
     b_enc, b_dec = b_enc / scale, b_dec / scale
-    if config.get("sparsity_include_decoder_norm", True):
+    by_norm = bool(config.get("sparsity_include_decoder_norm", True))
+    if by_norm:
         lengths = w_dec.norm(dim=1)
         lengths = torch.where(lengths > 0, lengths, 1)
         w_enc, b_enc, w_dec = w_enc * lengths, b_enc * lengths, w_dec / lengths[:, None]
     gate = _gate(path, config, w_enc.shape[1])
-    sae = SparseAutoencoder(w_enc=w_enc, b_enc=b_enc, w_dec=w_dec, b_dec=b_dec, gate=gate)
-    return sae, {"hook_name": config.get("hook_point_in")}
+    sae = SparseAutoencoder(w_enc=w_enc, b_enc=b_enc, w_dec=w_dec, b_dec=b_dec, gate=gate, decoder_norm=by_norm)
+    return sae, {"hook_name": config.get("hook_point_in"), "prepend_bos": True, "context_size": 1024}
 
 
 def _gate(path: Path, config: Mapping[str, Any], num_features: int) -> Gate:

@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.compute.sae import Gate, JumpRelu, Relu, SparseAutoencoder, TopK
 from pipeline.errors import CheckpointError
 from pipeline.io.checkpoints.files import check_shapes, json_object, matrix, positive, tensor, whole_number
+from pipeline.io.checkpoints.stated import Stated
 
 CONFIG, WEIGHTS = "config.json", ("sae_weights.safetensors",)
 FILES = (CONFIG, *WEIGHTS)
@@ -28,7 +29,7 @@ def detect(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / WEIGHTS[0]).is_file()
 
 
-def read(weights: Path, tensors: Mapping[str, Tensor], _k: int | None) -> tuple[SparseAutoencoder, dict[str, Any]]:
+def read(weights: Path, tensors: Mapping[str, Tensor], stated: Stated) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """The SAE of a folder.
 
     Raises:
@@ -48,9 +49,11 @@ def read(weights: Path, tensors: Mapping[str, Tensor], _k: int | None) -> tuple[
         raise CheckpointError(f"{path} has {', '.join(odd)}, which is not supported")
     w_enc, b_enc, w_dec, b_dec = _weights(weights, tensors, config)
     lengths = w_dec.norm(dim=1) if config.get("sparsity_include_decoder_norm", True) else torch.ones(len(w_dec))
+    _check_stated(path, str(norm), stated)
+    scale: float = 1.0
+    overrides: dict[str, float] = {}
     if norm == "dataset-wise":
-        name = f"dataset_average_activation_norm.{point}"
-        scale = math.sqrt(len(w_enc)) / positive(weights, tensor(weights, tensors, name).item(), name)
+        scale, overrides = _scale(weights, tensors, f"dataset_average_activation_norm.{point}", len(w_enc), stated)
         w_enc, w_dec, b_dec = w_enc * scale, w_dec / scale, b_dec / scale
     gate = _gate(weights, config, tensors, lengths)
     if isinstance(gate, TopK):
@@ -63,8 +66,38 @@ def read(weights: Path, tensors: Mapping[str, Tensor], _k: int | None) -> tuple[
         b_dec=b_dec,
         gate=gate,
         transform="constant_norm_rescale" if norm == "token-wise" else "none",
+        scale=scale,
+        decoder_norm=isinstance(gate, TopK) and bool(config.get("sparsity_include_decoder_norm", True)),
     )
-    return sae, {"hook_name": point}
+    return sae, {"hook_name": point} | ({"overrides": overrides} if overrides else {})
+
+
+def _check_stated(path: Path, norm: str, stated: Stated) -> None:
+    own = {"dataset-wise": "expected_average_only_in", "token-wise": "constant_norm_rescale"}.get(norm, "none")
+    factor = stated.norm_scaling_factor is not None and norm != "dataset-wise"
+    if stated.normalize_activations not in (None, own) or factor:
+        raise CheckpointError(
+            f"{path} says norm_activation {norm!r}, which is saes[].normalize_activations={own}; leave out what is "
+            "stated of it"
+        )
+
+
+def _scale(
+    weights: Path, tensors: Mapping[str, Tensor], name: str, width: int, stated: Stated
+) -> tuple[float, dict[str, float]]:
+    """The factor of activations, and what of it no file says; of Llama-Scope-R1-Distill only SAELens' list does."""
+    given = stated.norm_scaling_factor
+    if name not in tensors and given is not None:
+        return given, {"norm_scaling_factor": given}
+    if name not in tensors:
+        raise CheckpointError(
+            f"{weights} has no tensor {name!r}, and its SAE expects activations times sqrt(D) / that average norm; "
+            "give the factor as saes[].norm_scaling_factor"
+        )
+    own = math.sqrt(width) / positive(weights, tensor(weights, tensors, name).item(), name)
+    if given is not None and not math.isclose(given, own, rel_tol=1e-6):
+        raise CheckpointError(f"saes[].norm_scaling_factor is {given}, but {weights} says {own}; leave it out")
+    return own, {}
 
 
 def _weights(

@@ -3,8 +3,8 @@
 The config stands in the file, else in `<stem>.config.json` or `config.json` beside it. Architectures topk, relu
 and gated (a gate matrix of its own), all without a pre-encoder bias.
 
-In this format the gates of topk and gated let negative values through. A code is positive in this project: what
-is negative counts as silent and stays in the part of the activation that the SAE does not explain.
+In this format the gates of topk and gated let negative values through, unless `postact` in the config says relu, which
+`save_sae` writes for an SAE whose gate ends in one. A feature fires where its code is above 0.
 """
 
 import contextlib
@@ -14,14 +14,15 @@ import re
 from collections.abc import Mapping, Sequence
 from logging import getLogger
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from pipeline.compute.sae import Gate, Gated, Relu, SparseAutoencoder, TopK
+from pipeline.compute.sae import Gate, Gated, Postact, Relu, SparseAutoencoder, TopK
 from pipeline.errors import ArgumentError, CheckpointError, ConfigError
 from pipeline.io.checkpoints.files import read_torch
+from pipeline.io.checkpoints.stated import Stated
 from pipeline.types import HookPoint
 
 _BEST = "best_model.pt"
@@ -62,7 +63,7 @@ def files(weights: Path) -> tuple[Path, ...]:
     return (found.path,) if found.config_path is None else (found.path, found.config_path)
 
 
-def read(weights: Path, _tensors: Mapping[str, Tensor], _k: int | None) -> tuple[SparseAutoencoder, dict[str, Any]]:
+def read(weights: Path, _tensors: Mapping[str, Tensor], _stated: Stated) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """The SAE of a file, and its config with the hook point also as `hook_name`.
 
     Raises:
@@ -107,8 +108,8 @@ def save_sae(sae: SparseAutoencoder, config: Mapping[str, Any], save_path: str |
 
     Args:
         sae: relu, topk or gated, without input normalisation; a pre-encoder bias is folded into b_enc.
-        config: JSON values; `hook_point` is required; `d_in`, `d_sae`, `activation` and `k` are filled in, and must
-            be right where they are given.
+        config: JSON values; `hook_point` is required; `d_in`, `d_sae`, `activation` and `k` are filled in, as is
+            `postact` for a topk or gated SAE that ends in a ReLU, and must be right where they are given.
         save_path: of the `.pt` file.
         metadata: kept under the key `metadata` of the file.
 
@@ -119,9 +120,12 @@ def save_sae(sae: SparseAutoencoder, config: Mapping[str, Any], save_path: str |
     if path.suffix != ".pt":
         raise ArgumentError(f"save_path is {save_path}; expected a file that ends in .pt")
     tensors, facts = _state(sae)
+    facts |= {"postact": sae.gate.postact} if isinstance(sae.gate, TopK | Gated) else {}
     wrong = {key: config[key] for key in facts if config.get(key) not in (None, facts[key])}
     if wrong:
         raise ArgumentError(f"config says {wrong}, but the SAE has { ({key: facts[key] for key in wrong}) }")
+    if facts.get("postact") == "identity":
+        del facts["postact"]  # the format's own rule, which needs no word
     whole = dict(config) | facts
     try:
         _checked_config(path, whole)
@@ -152,7 +156,7 @@ def _state(sae: SparseAutoencoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
             facts |= {"activation": "topk", "k": k}
         case Relu():
             facts |= {"activation": "relu"}
-        case Gated(b_gate, b_mag, r_mag, w_gate):
+        case Gated(b_gate, b_mag, r_mag, w_gate, _):
             facts |= {"activation": "gated"}
             tensors |= {"W_gate": sae.w_enc if w_gate is None else w_gate, "b_gate": b_gate}
             tensors |= {"W_enc": sae.w_enc * r_mag.exp(), "b_enc": b_mag}
@@ -281,6 +285,9 @@ def _sae(file: _File) -> SparseAutoencoder:
 
 
 def _gate(file: _File, tensors: Mapping[str, Tensor]) -> Gate:
+    postact: Any = file.config.get("postact", "identity")
+    if postact not in get_args(Postact):
+        raise CheckpointError(f"{file.path} gives postact as {postact!r}; expected {' or '.join(get_args(Postact))}")
     match file.config["activation"]:
         case "relu":
             return Relu()
@@ -288,9 +295,9 @@ def _gate(file: _File, tensors: Mapping[str, Tensor]) -> Gate:
             k = file.config.get("k", 64)
             if not isinstance(k, int) or k < 1:
                 raise CheckpointError(f"{file.path} is of a topk SAE but gives k as {k!r}")
-            return TopK(k)
+            return TopK(k, postact)
         case "gated":
             b_enc = tensors["b_enc"]
-            return Gated(tensors["b_gate"], b_enc, torch.zeros_like(b_enc), tensors["W_gate"])
+            return Gated(tensors["b_gate"], b_enc, torch.zeros_like(b_enc), tensors["W_gate"], postact)
         case other:
             raise CheckpointError(f"{file.path}: activation {other!r} is not known; expected one of {_ACTIVATIONS}")

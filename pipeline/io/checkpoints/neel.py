@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.compute.sae import Relu, SparseAutoencoder
 from pipeline.errors import CheckpointError
 from pipeline.io.checkpoints.files import json_object
+from pipeline.io.checkpoints.stated import Stated
 
 WEIGHTS = ("*.pt",)
 FILES = WEIGHTS
@@ -25,7 +26,7 @@ def detect(path: Path) -> bool:
     return any(_config_of(weights).is_file() for weights in path.glob(WEIGHTS[0]))
 
 
-def read(weights: Path, tensors: Mapping[str, Tensor], _k: int | None) -> tuple[SparseAutoencoder, dict[str, Any]]:
+def read(weights: Path, tensors: Mapping[str, Tensor], _stated: Stated) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """The SAE of one version, and its config with a `hook_name`.
 
     Raises:
@@ -52,7 +53,8 @@ def read(weights: Path, tensors: Mapping[str, Tensor], _k: int | None) -> tuple[
     sae = SparseAutoencoder(
         w_enc=w_enc.contiguous(), b_enc=b_enc, w_dec=w_dec.contiguous(), b_dec=b_dec, gate=Relu(), pre_bias=b_dec
     )
-    return sae, config | {"hook_name": hook_name}
+    trained = {"context_size": config["seq_len"]} if isinstance(config.get("seq_len"), int) else {}
+    return sae, config | {"hook_name": hook_name} | trained
 
 
 def _config_of(weights: Path) -> Path:

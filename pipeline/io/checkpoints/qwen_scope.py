@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.compute.sae import SparseAutoencoder, TopK
 from pipeline.errors import CheckpointError
 from pipeline.io.checkpoints.files import check_shapes, matrix, tensor
+from pipeline.io.checkpoints.stated import Stated
 
 WEIGHTS = ("layer{layer}.sae.pt",)
 FILES = WEIGHTS
@@ -27,7 +28,7 @@ def detect(folder: Path) -> bool:
     return any(_LAYER.fullmatch(file.name) for file in folder.glob("layer*.sae.pt"))
 
 
-def read(weights: Path, tensors: Mapping[str, Tensor], k: int | None) -> tuple[SparseAutoencoder, dict[str, Any]]:
+def read(weights: Path, tensors: Mapping[str, Tensor], stated: Stated) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """The SAE of one layer; its hook point is that layer's resid_post.
 
     Raises:
@@ -37,7 +38,7 @@ def read(weights: Path, tensors: Mapping[str, Tensor], k: int | None) -> tuple[S
     b_enc, b_dec = (tensor(weights, tensors, name) for name in ("b_enc", "b_dec"))
     check_shapes(weights, w_enc, b_enc, w_dec, b_dec)
     named = next((int(found[1]) for part in reversed(weights.parts) if (found := _NAMED_K.search(part))), None)
-    if (chosen := named or k) is None:
+    if (chosen := named or stated.k) is None:
         raise CheckpointError(
             f"no folder of {weights} is called …L0_<k>, so nothing says how many codes a token has; give saes[].k"
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.compute.sae import SparseAutoencoder, TopK
 from pipeline.errors import CheckpointError
 from pipeline.io.checkpoints.files import check_shapes, json_object, matrix, tensor, whole_number
+from pipeline.io.checkpoints.stated import Stated
 
 CONFIG, WEIGHTS = "cfg.json", ("sae.safetensors",)
 FILES = (CONFIG, *WEIGHTS)
@@ -29,7 +30,7 @@ def detect(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / WEIGHTS[0]).is_file()
 
 
-def read(weights: Path, tensors: Mapping[str, Tensor], _k: int | None) -> tuple[SparseAutoencoder, dict[str, Any]]:
+def read(weights: Path, tensors: Mapping[str, Tensor], _stated: Stated) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """The SAE of a folder; its hook point as the folder's name, or its parent's above a seed, says.
 
     Raises:
