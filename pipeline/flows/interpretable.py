@@ -76,14 +76,9 @@ class InterpretableModel(nn.Module):
         """The model's own `generate`, tracked and steered like any forward.
 
         Raises:
-            ArgumentError: if beams are asked for while features are tracked.
+            ArgumentError: if beams, or other ways to generate whose result is not the rows that ran, are asked for
+                while features are tracked.
         """
-        beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
-        if beams > 1 and self._attachment.is_tracking:
-            raise ArgumentError(
-                f"num_beams is {beams}, but beams change rows while they grow, and tracked codes would not follow; "
-                "use num_beams=1, or run the result through the model again"
-            )
         return self.model.generate(*args, **kwargs)  # type: ignore[operator]  # nn.Module types attributes as tensors
 
     @contextmanager
@@ -190,7 +185,7 @@ class InterpretableModel(nn.Module):
         tracking = self._attachment.tracking
         if tracking is None:
             raise RuntimeError("No features available. Use interpretation_enabled() context manager.")
-        tracks = tracking.tracks
+        tracks = tracking.sequences.read()
         if hook_point is not None:
             if str(hook_point) not in tracks:
                 raise ArgumentError(f"No features for hook point: {hook_point}")

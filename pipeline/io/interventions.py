@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import ArgumentError
+from pipeline.io.eager import eager
 from pipeline.io.hooks import Tap, check_point
 from pipeline.types import HookPoint, Stream
 
@@ -18,11 +20,29 @@ Function = Callable[[Tensor], Tensor | None]
 """Takes the tensor (B, T, width) at a hook point; returns its replacement, or None to leave it as it is."""
 
 
+class Hook:
+    """A hook that a copy of the model must not carry: nobody would take it off there."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function does."""
+        return self._function(*args, **kwargs)
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "Hook":
+        raise ArgumentError("a model cannot be copied or saved while it is tracked or steered; leave the block first")
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return self.__deepcopy__({})
+
+
 class Interventions:
     """Passes every forward of a model through functions at hook points, inside a `with` block.
 
     The hooks are gone after the block, also after an exception. Other arguments and the other elements of a
-    tuple pass unchanged. The functions are called in the thread that runs the forward.
+    tuple pass unchanged. The functions are called in the thread that runs the forward. Models that were compiled run
+    module by module as long (`pipeline.io.eager`).
 
     A write at resid_mid reaches the whole residual stream: the tap there is the input of the second norm, which
     feeds only the MLP, so the same change is added to the output of the block.
@@ -44,6 +64,7 @@ class Interventions:
 
     def __enter__(self) -> "Interventions":
         with ExitStack() as stack:
+            stack.enter_context(eager(self._blocks.modules()))
             for point, function in self._functions.items():
                 path, side = self._taps[point.stream]
                 block = self._blocks[point.layer]
@@ -76,7 +97,7 @@ class Interventions:
             new = function(kwargs["hidden_states"]) if kwargs else None
             return None if new is None else (args, (kwargs or {}) | {"hidden_states": new})
 
-        return hook
+        return Hook(hook)
 
     def _write_out(self, function: Function) -> Any:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
@@ -84,7 +105,7 @@ class Interventions:
             new = function(output[0] if is_tuple else output)
             return None if new is None else (new, *output[1:]) if is_tuple else new
 
-        return hook
+        return Hook(hook)
 
     def _leaving(self, layer: int, function: Function) -> Function:
         def leave(x: Tensor) -> Tensor | None:
