@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.compute.drift import rank_correlation
 from pipeline.errors import SourceError
+from pipeline.io import json_lines
 
 _SIZES = (5, 10, 25, 100)
 _SETTINGS = (
@@ -131,7 +132,7 @@ def _answers(path: Path) -> list[_Answer | None]:
     """The answers of a file; None for a prompt that has an error instead."""
     try:
         body = path.read_bytes()
-        lines = [line for line in body.split(b"\n") if line.strip()]
+        lines = [line for line in json_lines.lines(body) if line.strip()]
         found = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else json.loads(body)
         return [_answer(record) for record in (found if isinstance(found, list) else [found])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
