@@ -54,7 +54,7 @@ def _convert_gguf(path: Path) -> Path:
 
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        tokenizer = _gguf_tokenizer(path)
+        tokenizer = tokenizer_of_gguf(path)
         with contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         # The loader leaves the quantisation's description in the config, and then refuses to save itself.
@@ -72,7 +72,12 @@ def _convert_gguf(path: Path) -> Path:
     return target
 
 
-def _gguf_tokenizer(path: Path) -> Any:
+def tokenizer_of_gguf(path: Path) -> Any:
+    """The tokenizer of a GGUF file, as transformers has them.
+
+    Raises:
+        CheckpointError: if the file asks for rules that are not known here.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     found = gguf_tokenizer.read_tokenizer(path)
