@@ -67,7 +67,7 @@ class CorpusConfig(Section):
     long_documents: Literal["chunk", "truncate"] = "chunk"
     """What document packing does with the rest of a document that exceeds its context."""
     bos: Literal["auto", "always", "never"] = "auto"
-    """A BOS token before every document and every context, unless the text brings it; auto: if the tokenizer adds one."""
+    """A BOS token before every document and every context, unless text brings it; auto: if the tokenizer adds one."""
     shard_tokens: PositiveInt | None = None
     """Size of a shard; null: a constant by device class and model size."""
     group_files: PositiveInt = 1
