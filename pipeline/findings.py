@@ -26,7 +26,8 @@ class Span(_Finding):
     peak: int
     """Token of the peak in the sequence."""
     tokens: list[str]
-    """Of the window."""
+    """Of the window; joined, they are its text. A character of several tokens stands at the last, the others are empty,
+    and so is a BOS that was put before the text."""
     values: list[float]
     """The code at each of them."""
 

@@ -245,3 +245,18 @@ def test_a_prompt_that_brings_its_bos_is_observed_as_one_without(model_dir: Path
     sae = load_sae(str(sae_dirs["late"]))
     plain, brought = (observe_prompts(model, tokenizer, sae, [text], 1) for text in ("river water", "<s>river water"))
     assert plain.dense().equal(brought.dense())
+
+
+def test_a_run_counts_the_pad_token_that_its_texts_contain(
+    tmp_path: Path, model_dir: Path, analyze_config: MakeConfig
+) -> None:
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    AutoTokenizer.from_pretrained(model_dir, pad_token=",").save_pretrained(folder)
+    source = write_lines(tmp_path / "chat", ["river, water, stone,", "mother, bread,, <pad>"])
+    config = analyze_config(
+        tmp_path / "store", model={"id": str(folder)}, corpus={"source": source, "packing": "document"}
+    )
+    coverage = analyze(config, lambda line: None).catalog.manifest["coverage"]
+    for books in coverage["tokens"].values():
+        assert books["special_tokens"] == 3  # a BOS each, and what was added as <pad>
+        assert books["counted"] + books["special_tokens"] == coverage["slices"]["chat"]["tokens"]

@@ -78,7 +78,7 @@ class CorpusConfig(Section):
     long_documents: Literal["chunk", "truncate"] = "chunk"
     """What document packing does with the rest of a document that exceeds its context."""
     bos: Literal["auto", "always", "never"] = "auto"
-    """A BOS token before every document and every context; auto: if the tokenizer adds one itself."""
+    """A BOS token before every document and every context, unless text brings it; auto: if the tokenizer adds one."""
     shard_tokens: PositiveInt | None = None
     """Size of a shard; null: a constant by device class and model size."""
     group_files: PositiveInt = 1
@@ -99,7 +99,7 @@ class MasksConfig(Section):
     """Tokens that the census passes over; each rule's exclusions are counted."""
 
     special_tokens: bool = True
-    """BOS, EOS and the other special tokens of the tokenizer."""
+    """BOS, EOS and the other special tokens of the tokenizer; a pad token that is an ordinary word counts."""
     first_positions: int = Field(default=0, ge=0)
     """This many positions at the start of every context."""
     positions: tuple[int, ...] = ()

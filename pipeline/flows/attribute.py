@@ -109,7 +109,7 @@ def _to_folder(config: AttributeConfig, say: Callable[[str], None] | None) -> At
 def _to_catalog(config: AttributeConfig, name: str, say: Callable[[str], None] | None) -> Attribution:
     blobs, old = LocalBlobs(config.store.root), Catalog(config.store.root, name)
     config = _with_parts_of(old, config)
-    about, todo = _identify(config)
+    about, todo = _identify(config, old.manifest["identity"]["measure"]["model"].get("tokenizer"))
     _prove(about, old)
     kept = {file: facts for file, facts in old.manifest["files"].items() if file not in (LOGITS, MOMENTS)}
     with publish.Draft(blobs, (), {}) as draft:
@@ -159,8 +159,12 @@ def _with_parts_of(catalog: Catalog, config: AttributeConfig) -> AttributeConfig
     return config.model_copy(update={"model": model.model_copy(update=mine), "saes": saes})
 
 
-def _identify(config: AttributeConfig) -> tuple[dict[str, Any], list[RangeTask]]:
+def _identify(config: AttributeConfig, tokenizer_as: str | None = None) -> tuple[dict[str, Any], list[RangeTask]]:
     """What decides the logits, checked before any work, and the ranges of features.
+
+    Args:
+        config: of the job.
+        tokenizer_as: the digest by which a catalog knows its tokenizer.
 
     Raises:
         UserError: if model and SAEs do not belong together, or cannot be read.
@@ -172,8 +176,9 @@ def _identify(config: AttributeConfig) -> tuple[dict[str, Any], list[RangeTask]]
         check_point(key.hook_point, facts.taps, facts.num_layers)
     check_request(config.logits, (key.hook_point for key in saes), tokenizer)
     dtype = str(choose_dtype(model.dtype, choose_device(model.device))).removeprefix("torch.")
+    known = tokenizer.digest_as(tokenizer_as)
     about = {
-        "model": {"digest": facts.digest, "family": facts.family, "dtype": dtype, "tokenizer": tokenizer.digest},
+        "model": {"digest": facts.digest, "family": facts.family, "dtype": dtype, "tokenizer": known},
         "saes": {str(key): loaded.digest for key, loaded in saes.items()},
     }
     return about, ranges.tasks([loaded.sae.num_features for loaded in saes.values()])

@@ -59,7 +59,7 @@ def _convert_gguf(path: Path) -> Path:
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with told.hearing(), contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
-            tokenizer = _gguf_tokenizer(path)
+            tokenizer = tokenizer_of_gguf(path)
             model = _load_gguf(path)
         # The loader leaves the quantisation's description in the config, and then refuses to save itself.
         if hasattr(model.config, "quantization_config"):
@@ -79,7 +79,12 @@ def _convert_gguf(path: Path) -> Path:
     return target
 
 
-def _gguf_tokenizer(path: Path) -> Any:
+def tokenizer_of_gguf(path: Path) -> Any:
+    """The tokenizer of a GGUF file, as transformers has them.
+
+    Raises:
+        CheckpointError: if the file asks for rules that are not known here.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     found = gguf_tokenizer.read_tokenizer(path)

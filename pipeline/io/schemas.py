@@ -62,6 +62,7 @@ SPANS = pa.schema(
         pa.field("start", pa.int32()),
         pa.field("stop", pa.int32()),
         pa.field("value", pa.float32()),
+        # Joined, the tokens are the text; a character of several tokens stands at the last, the others are empty.
         pa.field("text", pa.string()),
         pa.field("tokens", pa.list_(pa.string())),
         pa.field("token_ids", pa.list_(pa.int32())),

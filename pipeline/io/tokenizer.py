@@ -89,6 +89,10 @@ class Tokenizer:
         rules = json.dumps([self._named_special, self.bos_id, self.pad_id, self.adds_bos])
         return hashlib.sha256((digest(self._source, TOKENIZER_FILES, commit) + rules).encode()).hexdigest()
 
+    def digest_as(self, known: str | None) -> str:
+        """`digest`, or `file_digest` if that is `known`: the one by which a store already knows this tokenizer."""
+        return self.file_digest if known is not None and known == self.file_digest else self.digest
+
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without added special tokens."""
         encoded: list[list[int]] = self._inner(texts, add_special_tokens=False)["input_ids"]

@@ -54,6 +54,8 @@ def sequence_of(request: DiscoverRequest, tokenizer: Tokenizer, max_tokens: int)
         ids, chars = tokenizer.encode_with_offsets(given)
     except (TypeError, UnicodeEncodeError) as error:
         raise RequestError(f"{field} is not valid Unicode text", field) from error
+    except ConfigError as error:
+        raise RequestError(str(error), field) from error
     if len(behind_bos := tokenizer.with_bos(ids)) > len(ids):
         ids, chars = behind_bos, [(0, 0), *chars]
     if not ids:
