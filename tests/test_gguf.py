@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter, TokenType
+from gguf import GGUFWriter, RopeScalingType, TokenType
 
 from pipeline.errors import CheckpointError
 from pipeline.io.model import LanguageModel, model_facts
@@ -38,7 +38,7 @@ def arrays() -> Arrays:
     }
 
 
-def write(path: Path, tensors: Arrays) -> Path:
+def write(path: Path, tensors: Arrays, scaling: RopeScalingType | None = None) -> Path:
     """A llama of one block with a tied head and a byte-level tokenizer."""
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(1)
@@ -49,6 +49,8 @@ def write(path: Path, tensors: Arrays) -> Path:
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(WIDTH // 4)
+    if scaling is not None:
+        writer.add_rope_scaling_type(scaling)
     writer.add_vocab_size(ROWS)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -115,3 +117,10 @@ def test_a_file_with_gaps_is_refused_and_nothing_is_cached(
     with pytest.raises(CheckpointError, match=message):
         load(path)
     assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_positions_that_the_file_stretches_and_the_converter_does_not_are_refused(cache: Path, tmp_path: Path) -> None:
+    load(write(tmp_path / "plain.gguf", arrays(), RopeScalingType.NONE))
+    with pytest.raises(CheckpointError, match=r"llama\.rope\.scaling\.type is linear"):
+        load(write(tmp_path / "long.gguf", arrays(), RopeScalingType.LINEAR))
+    assert len(list(cache.iterdir())) == 1
