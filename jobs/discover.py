@@ -80,7 +80,9 @@ def _config(given: dict[str, Any]) -> DiscoveryConfig:
     fields: dict[str, Any] = {name: given[name] for name in ("catalog", "labels", "cache_mb", "threads", "max_tokens")}
     if given["sae"]:
         fields |= {"saes": tuple(saes_named(given["sae"])), "sae_id": given["sae"]}
-    model = {"id": given["model"], "dtype": given["dtype"], "device": given["device"], "revision": given["revision"]}
+    model = {name: given[name] for name in ("dtype", "device", "revision", "fix_mistral_regex")} | {
+        "id": given["model"]
+    }
     try:
         fields["model"] = ModelConfig.model_validate({k: v for k, v in model.items() if v is not None})
         return DiscoveryConfig.model_validate({k: v for k, v in fields.items() if v is not None})
@@ -178,6 +180,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sae-discover", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", help="hub id, directory or GGUF file; default: the embedded model")
     parser.add_argument("--revision", help="of a model on the hub")
+    mend = _help(ModelConfig.model_fields["fix_mistral_regex"])
+    parser.add_argument("--fix_mistral_regex", type=_boolean, help=mend, metavar="FIX")
     parser.add_argument("--sae", help="directory, hub id, folder of SAEs, or YAML mapping '22/resid_pre: path'")
     parser.add_argument(
         "--prompts_file",

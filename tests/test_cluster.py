@@ -85,6 +85,16 @@ def test_a_worker_that_cannot_start_for_a_users_reason_says_so() -> None:
         list(run_tasks(make, range(3), RAY))
 
 
+def test_what_a_library_warns_of_in_the_workers_is_told_once_by_the_driver(capsys: pytest.CaptureFixture[str]) -> None:
+    def misbehave(task: int) -> None:
+        from pipeline.io import told
+
+        told.tell("rows of a worker are wrong")
+
+    by_task(run_tasks(toy(misbehave), range(4), RAY))
+    assert capsys.readouterr().err.count("warning: rows of a worker are wrong\n") == 1
+
+
 def test_the_probe_is_judged_before_any_other_task_runs(tmp_path: Path) -> None:
     def misbehave(task: int) -> None:
         (tmp_path / str(task)).touch()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import MakeConfig
 from safetensors.torch import load_file, save_file
 
@@ -168,11 +167,3 @@ def test_recomputing_says_that_the_parts_are_others_and_does_not_blame_the_shard
         wrong = verify(config).wrong
     assert len(wrong) == 2
     assert all("cannot be recomputed here" in line and "is not the one that measure" in line for line in wrong)
-
-
-def test_ids_of_a_row_are_filled_with_what_the_model_knows(world: World) -> None:
-    asked = DiscoveryConfig(model=world.config.model, saes=world.config.saes, threads=1, cache_mb=0)
-    reader = open_discoverer(asked)._loaded.reader
-    reader.tokenizer.pad_id = reader.model.num_embeddings
-    assert reader.fill_id == 0
-    reader.activations(torch.full((1, 2), reader.fill_id))

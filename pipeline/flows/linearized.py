@@ -91,9 +91,10 @@ def analyze_linearized_feature(
 
     Raises:
         ConfigError: if the model computes in half precision, the SAE sits inside attention, or an index is out of
-            range.
+            range, or an id beyond the embedding.
     """
     data = torch.as_tensor(data)
+    model.check_ids(data)
     paths, point = Paths(model.inner), encoder.hook_point
     _check(paths, encoder, data, feature_idx, sample_idx, token_idx, batch_size)
     sae = encoder.sae.to(model.device)

@@ -27,6 +27,7 @@ from pipeline.compute.sae import SparseAutoencoder
 from pipeline.errors import ConfigError
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.io.hooks import RESIDUAL, Captures, blocks_of, capture_residual, taps_of
+from pipeline.io.soundness import check_ids
 from pipeline.types import HookPoint
 
 __all__ = [
@@ -108,12 +109,16 @@ def observe_prompts(
 
     Raises:
         ValueError: if a prompt has no tokens, or an activation is NaN or infinite, by the prompt's index.
-        ConfigError: if the SAE belongs to another layer or is not as wide as the activations.
+        ConfigError: if the SAE belongs to another layer or is not as wide as the activations, or a prompt has a token
+            that the model does not know.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts is one string; expected a sequence of them")
     point, canonical = _site(sae, layer_idx)
     ids = _token_ids(tokenizer, prompts, apply_chat_template)
+    num_embeddings = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # nn.Module types it a tensor
+    for row in ids:
+        check_ids(int(row.max()), num_embeddings, lambda: len(tokenizer), lambda token: tokenizer.decode([token]))
     codes = empty()
     if ids:
         x = _last_activations(model, ids, point, batch_size)

@@ -54,8 +54,10 @@ def trace_feature(
         encoder: an SAE with its hook point.
 
     Raises:
-        ConfigError: if the model computes in half precision, or there is no such feature, token or hook point.
+        ConfigError: if the model computes in half precision, there is no such feature, token or hook point, or an id is
+            beyond the embedding.
     """
+    model.check_ids(input_ids)
     probe = Probe(
         hook_point=encoder.hook_point, sae=encoder.sae.to(model.device), feature=feature_idx, position=token_idx
     )

@@ -122,6 +122,12 @@ def _load_gguf(path: Path) -> Any:
             f"{len(lost)} tensors of {path} are not read by the converter: {soundness.listed(lost)}; what the model "
             "computes without them is something else: name the directory or hub id that the file was made from"
         )
+    scaling = reader.fields.get(f"{family}.rope.scaling.type")
+    if scaling is not None and (kind := bytes(scaling.parts[-1]).decode()) != "none":
+        raise CheckpointError(
+            f"{path} stretches positions ({family}.rope.scaling.type is {kind}), which the converter leaves out; "
+            "name the directory or hub id that the file was made from"
+        )
     soundness.check_values(model, str(path))
     return model
 

@@ -44,6 +44,8 @@ class Reply:
     kind: str = ""
     message: str = ""
     details: str = ""
+    told: tuple[str, ...] = ()
+    """What libraries have warned of in the worker so far."""
 
     def checked(self) -> "Reply":
         """The same.

@@ -4,11 +4,12 @@ import math
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config import ClusterConfig, WorkerClass
 from pipeline.errors import ConfigError, NumericsError, UserError
+from pipeline.io import told
 from pipeline.steps.outcomes import Reply, Worker, attempt
 
 _LOOK_SECONDS = 1.0
@@ -31,10 +32,10 @@ class _Host:
             return Reply(user_error=error)
         except Exception as error:  # noqa: BLE001  # the driver decides what a failed start means
             return Reply(kind=type(error).__name__, message=str(error), details=traceback.format_exc())
-        return Reply()
+        return Reply(told=tuple(told.so_far()))
 
     def run(self, task: Any) -> Reply:
-        return attempt(self._worker, task)
+        return replace(attempt(self._worker, task), told=tuple(told.so_far()))
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -21,6 +21,7 @@ from typing import Any
 
 from pipeline.config import ClusterConfig
 from pipeline.errors import CensusError, NumericsError
+from pipeline.io import told
 from pipeline.steps.cluster.meters import Meters
 from pipeline.steps.cluster.places import Hired, Places
 from pipeline.steps.outcomes import Outcome, Worker
@@ -121,8 +122,8 @@ class RayRun:
     def _grow(self, proven: bool) -> None:
         for worker in self._places.grow(len(self._todo) + self._busy() if proven else None):
             self._flights[worker.actor.node.remote()] = _Flight(worker, None, math.inf)
-        if told := self._places.await_room():
-            self._on_event("waiting", {"message": told})
+        if message := self._places.await_room():
+            self._on_event("waiting", {"message": message})
 
     def _submit(self) -> None:
         while self._todo and self._idle:
@@ -154,8 +155,8 @@ class RayRun:
         except self._ray.exceptions.RayError as error:  # death, unavailability, memory, lost object or node
             if getattr(error, "preempted", False) and flight.job is not None:
                 flight.job.attempts -= 1
-            told = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
-            return self._lost(flight, type(error).__name__, " … ".join(dict.fromkeys((told[0], told[-1]))))
+            lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+            return self._lost(flight, type(error).__name__, " … ".join(dict.fromkeys((lines[0], lines[-1]))))
         if not worker.node:
             worker.node = reply
             deadline = time.monotonic() + _START_SECONDS
@@ -164,6 +165,8 @@ class RayRun:
         if flight.job is None and isinstance(reply.user_error, NumericsError):
             self._refuse(worker, reply.user_error)
             return None
+        for text in reply.told:  # nobody reads what a worker writes to its own stderr
+            told.tell(text)
         reply.checked()
         if flight.job is None:
             if reply.kind:
