@@ -26,6 +26,9 @@ class ModelConfig(Section):
     """auto: the GPU where there is one, else cpu."""
     trust_remote_code: bool = False
     """Run model code from the hub. Off unless you have read that code."""
+    center_writing_weights: bool = False
+    """Take the mean over d_model off all that writes to the residual stream, as TransformerLens does: for SAEs that
+    were trained on such a model. Only where the norms are LayerNorms, so that predictions stay what they are."""
 
 
 class SaeConfig(Section):

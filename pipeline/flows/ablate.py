@@ -21,12 +21,11 @@ from pipeline.flows.choice import chosen_features
 from pipeline.io import schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device
-from pipeline.io.model import model_facts
 from pipeline.io.tokenizer import Tokenizer
 from pipeline.steps import layout
 from pipeline.steps.ablation import Ablation, AblationTask, Ablator, SpanAddress
 from pipeline.steps.cluster import run_tasks
-from pipeline.steps.reader import load_saes
+from pipeline.steps.reader import facts_of, load_saes
 from pipeline.types import HookPoint, SiteKey
 
 
@@ -96,7 +95,7 @@ def _settings(config: AblateConfig, catalog: Catalog) -> AnalyzeConfig:
     now = {"store": config.store.model_dump(), "cluster": config.cluster.model_dump()}
     how = AnalyzeConfig.model_validate(made["config"] | now)
     known = made["identity"]["measure"]
-    facts = model_facts(how.model.id, how.model.revision, trust_remote_code=how.model.trust_remote_code)
+    facts = facts_of(how.model)
     changed = [f"model {how.model.id}"] if facts.digest != known["model"]["digest"] else []
     saes = load_saes(how.saes).items()
     changed += [f"SAE {site}" for site, loaded in saes if loaded.digest != known["saes"].get(str(site))]

@@ -18,7 +18,6 @@ from pipeline.flows.catalog import Catalog
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.hooks import check_point
-from pipeline.io.model import model_facts
 from pipeline.io.tokenizer import Tokenizer
 from pipeline.records import canonical
 from pipeline.steps import layout, publish, ranges
@@ -35,7 +34,7 @@ from pipeline.steps.logits import (
 from pipeline.steps.outcomes import in_order, result_of
 from pipeline.steps.partial import RangeTask
 from pipeline.steps.progress import Voice, new_run
-from pipeline.steps.reader import load_saes
+from pipeline.steps.reader import facts_of, load_saes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +160,7 @@ def _identify(config: AttributeConfig) -> tuple[dict[str, Any], list[RangeTask]]
         UserError: if model and SAEs do not belong together, or cannot be read.
     """
     model = config.model
-    facts = model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+    facts = facts_of(model)
     tokenizer = Tokenizer(model.id, model.revision, trust_remote_code=model.trust_remote_code)
     saes = load_saes(config.saes)
     for key in saes:

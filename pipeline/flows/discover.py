@@ -24,13 +24,12 @@ from pipeline.io import device, embedded
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.memo import ArrayCache
-from pipeline.io.model import model_facts
 from pipeline.records import digest_of
 from pipeline.steps.background import load_backgrounds, read_labels, snapshot_folder
 from pipeline.steps.cluster import run_tasks
 from pipeline.steps.discoverer import Discoverer
 from pipeline.steps.progress import Voice
-from pipeline.steps.reader import Reader, load_saes
+from pipeline.steps.reader import Reader, facts_of, load_saes
 from pipeline.steps.requests import Loaded
 from pipeline.types import SiteKey
 
@@ -47,8 +46,9 @@ def open_discoverer(config: DiscoveryConfig) -> Discoverer:
     model = config.model
     chosen = choose_device(model.device)
     numerics = device.configure(config.threads, chosen)
-    facts = model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+    facts = facts_of(model)
     reader = Reader(model, config.saes)
+    reader.warn_of_centring()
     dtype = str(choose_dtype(model.dtype, chosen)).removeprefix("torch.")
     identity = {"model": facts.digest, "dtype": dtype, "tokenizer": reader.tokenizer.digest, "numerics": numerics}
     folder = embedded.cache_dir() / "discover"
@@ -261,7 +261,7 @@ def _contents(config: DiscoveryConfig) -> list[str]:
         raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from error
     return [
         version("sae-census"),
-        model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code).digest,
+        facts_of(model).digest,
         *(f"{site} {loaded.digest}" for site, loaded in load_saes(config.saes).items()),
         *bodies,
     ]

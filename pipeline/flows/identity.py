@@ -11,13 +11,13 @@ from pipeline.io.checkpoints import LoadedSae
 from pipeline.io.corpus import Source, find_sources
 from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.hooks import check_point
-from pipeline.io.model import ModelFacts, model_facts
+from pipeline.io.model import ModelFacts
 from pipeline.io.tokenizer import Tokenizer
 from pipeline.records import Receipt, canonical, digest_of
 from pipeline.steps import plan
 from pipeline.steps.logits import check_request
 from pipeline.steps.prepare import preparation_fields, read_settings
-from pipeline.steps.reader import load_saes
+from pipeline.steps.reader import facts_of, load_saes
 from pipeline.types import SiteKey
 
 _CHARS_PER_TOKEN = 3.6
@@ -33,6 +33,8 @@ class Identity:
     numerics: dict[str, str | int]
     preparation: dict[str, Any]
     measure: dict[str, Any]
+    special_ids: tuple[int, ...]
+    """Of the tokenizer."""
 
     @property
     def preparation_id(self) -> str:
@@ -71,7 +73,7 @@ def identify(config: AnalyzeConfig) -> Identity:
             "cluster.mixed_numerics is true and model.dtype auto, which machines of several kinds may understand in "
             "several ways; choose one, as model.dtype=float32"
         )
-    facts = model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+    facts = facts_of(model)
     saes = load_saes(config.saes)
     for key, loaded in saes.items():
         check_point(key.hook_point, facts.taps, facts.num_layers)
@@ -99,6 +101,7 @@ def identify(config: AnalyzeConfig) -> Identity:
         numerics=numerics,
         preparation=preparation_fields(config.corpus, tokenizer, shard_tokens),
         measure=plan.measure_fields(config, about_model, saes, numerics),
+        special_ids=tuple(tokenizer.special_ids),
     )
 
 

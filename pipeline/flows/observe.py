@@ -6,6 +6,7 @@ included.
 """
 
 from collections.abc import Sequence
+from logging import getLogger
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,10 @@ from pipeline.compute.sae import SparseAutoencoder
 from pipeline.errors import ConfigError
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.io.hooks import RESIDUAL, Captures, blocks_of, capture_residual, taps_of
+from pipeline.steps.demands import centring_of
 from pipeline.types import HookPoint
+
+_log = getLogger(__name__)
 
 __all__ = [
     "FeatureRanking",
@@ -113,6 +117,8 @@ def observe_prompts(
     if isinstance(prompts, str):
         raise ValueError("prompts is one string; expected a sequence of them")
     point, canonical = _site(sae, layer_idx)
+    if isinstance(sae, LoadedSae) and (found := centring_of(sae, model)):
+        _log.warning("%s: %s", point, found.text)
     ids = _token_ids(tokenizer, prompts, apply_chat_template)
     codes = empty()
     if ids:

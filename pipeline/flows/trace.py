@@ -24,13 +24,13 @@ from pipeline.io import report, schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.io.device import choose_device
-from pipeline.io.model import LanguageModel, model_facts
+from pipeline.io.model import LanguageModel
 from pipeline.io.paths import Paths
 from pipeline.records import canonical
 from pipeline.steps import layout
 from pipeline.steps.cluster import connected, run_tasks
 from pipeline.steps.progress import Voice, new_run
-from pipeline.steps.reader import load_saes
+from pipeline.steps.reader import facts_of, load_saes
 from pipeline.steps.tracing import Probe, SpanProbe, Tracer, TraceSettings, split
 from pipeline.types import HookPoint, SiteKey
 
@@ -187,7 +187,7 @@ def _settings(config: TraceConfig, catalog: Catalog, sites: set[SiteKey]) -> Tra
 
 
 def _digest_of(model: ModelConfig) -> str:
-    return model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code).digest
+    return facts_of(model).digest
 
 
 def _check(what: str, name: str, now: str, then: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError
+from pipeline.io import centring
 from pipeline.io.hooks import Captures, Tap, layout_of, streams_of
 from pipeline.io.pretrained import WEIGHT_PATTERNS, digest, first_line, resolve
 from pipeline.io.tokenizer import Tokenizer
@@ -19,7 +20,7 @@ class ModelFacts:
     """What is known of a model without loading its weights."""
 
     digest: str
-    """sha256 of config and weight files (a directory), or of id and commit (the hub)."""
+    """sha256 of config and weight files (a directory), or of id and commit (the hub), and of whether it is centred."""
     family: str
     num_layers: int
     d_model: int
@@ -29,12 +30,18 @@ class ModelFacts:
     """The streams that the family has."""
 
 
-def model_facts(model_id: str, revision: str | None = None, *, trust_remote_code: bool = False) -> ModelFacts:
-    """Read a model's config and hash its files.
+def model_facts(
+    model_id: str,
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    center_writing_weights: bool = False,
+) -> ModelFacts:
+    """Read a model's config and hash its files; a model that is centred when it is loaded has a digest of its own.
 
     Raises:
         CheckpointError: if there is no such model.
-        ConfigError: if its family is not supported.
+        ConfigError: if its family is not supported, or cannot be centred.
     """
     from transformers import AutoConfig
 
@@ -44,8 +51,12 @@ def model_facts(model_id: str, revision: str | None = None, *, trust_remote_code
     except Exception as error:  # the hub, the cache and the parsers each have errors of their own
         raise CheckpointError(f"model.id {model_id} has no readable config: {first_line(error)}") from error
     config = whole.get_text_config()
+    found = digest(source, (*WEIGHT_PATTERNS, "config.json"), getattr(whole, "_commit_hash", None))
+    if center_writing_weights:
+        centring.check_family(config.model_type)
+        found = centring.centred_digest(found)
     return ModelFacts(
-        digest=digest(source, (*WEIGHT_PATTERNS, "config.json"), getattr(whole, "_commit_hash", None)),
+        digest=found,
         family=config.model_type,
         num_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
@@ -65,7 +76,22 @@ class LanguageModel:
         dtype: torch.dtype,
         device: torch.device,
         trust_remote_code: bool = False,
+        center_writing_weights: bool = False,
     ):
+        """Load a model.
+
+        Args:
+            model_id: a hub id, a local directory, a GGUF file, or the embedded model.
+            revision: of a hub id.
+            dtype: of the weights.
+            device: where they lie.
+            trust_remote_code: run model code from the hub.
+            center_writing_weights: as `io.centring` does it; only for families with LayerNorms.
+
+        Raises:
+            CheckpointError: if no model can be loaded.
+            ConfigError: if its family is not supported, or cannot be centred.
+        """
         from transformers import AutoModelForCausalLM
 
         source = resolve(model_id, revision)
@@ -75,7 +101,10 @@ class LanguageModel:
             )
         except Exception as error:
             raise CheckpointError(f"no model could be loaded from {model_id}: {first_line(error)}") from error
-        self.inner.eval().requires_grad_(False).to(device)
+        self.inner.eval().requires_grad_(False)
+        if center_writing_weights:
+            centring.center_writing_weights(self.inner)
+        self.inner.to(device)
         self._blocks, self._taps = layout_of(self.inner)
         self.device = device
         self._origin = (model_id, revision, trust_remote_code)

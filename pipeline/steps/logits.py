@@ -13,13 +13,13 @@ from pipeline.config import DirectLogitAttributorConfig, LogitsConfig, ModelConf
 from pipeline.errors import ConfigError
 from pipeline.io import device, schemas, tables
 from pipeline.io.checkpoints import LoadedSae
-from pipeline.io.device import choose_device, choose_dtype
+from pipeline.io.device import choose_device
 from pipeline.io.model import LanguageModel
 from pipeline.io.tokenizer import Tokenizer
 from pipeline.io.unembedding import check_path, read_unembedding, read_writing
 from pipeline.steps import ranges
 from pipeline.steps.partial import RangeTask
-from pipeline.steps.reader import load_saes
+from pipeline.steps.reader import load_model, load_saes
 from pipeline.types import HookPoint, SiteKey
 
 LOGITS, MOMENTS = "logits.parquet", "logit_moments.parquet"
@@ -172,15 +172,7 @@ class LogitWorker:
         model, chosen = settings.model, choose_device(settings.model.device)
         device.configure(settings.threads, chosen)
         self._saes = list(load_saes(settings.saes).items())
-        self._unembedder = Unembedder(
-            LanguageModel(
-                model.id,
-                model.revision,
-                dtype=choose_dtype(model.dtype, chosen),
-                device=chosen,
-                trust_remote_code=model.trust_remote_code,
-            )
-        )
+        self._unembedder = Unembedder(load_model(model, chosen))
 
     def run(self, task: RangeTask) -> LogitResult:
         """Attribute one range."""

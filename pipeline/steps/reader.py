@@ -1,16 +1,43 @@
 """A model and SAEs, loaded once and proved to fit each other: token ids in, activations at hook points out."""
 
 from collections.abc import Sequence
+from logging import getLogger
 
+import torch
 from torch import Tensor
 
 from pipeline.config import ModelConfig, SaeConfig
 from pipeline.errors import ConfigError
 from pipeline.io.checkpoints import LoadedSae, load_sae
 from pipeline.io.device import choose_device, choose_dtype
-from pipeline.io.model import LanguageModel
+from pipeline.io.model import LanguageModel, ModelFacts, model_facts
 from pipeline.io.tokenizer import Tokenizer
+from pipeline.steps.demands import centring_of
 from pipeline.types import HookPoint, SiteKey
+
+_log = getLogger(__name__)
+
+
+def facts_of(model: ModelConfig) -> ModelFacts:
+    """What is known of a config's model without its weights; errors as in `model_facts`."""
+    return model_facts(
+        model.id,
+        model.revision,
+        trust_remote_code=model.trust_remote_code,
+        center_writing_weights=model.center_writing_weights,
+    )
+
+
+def load_model(model: ModelConfig, device: torch.device) -> LanguageModel:
+    """The model of a config on a device; errors as of `LanguageModel`."""
+    return LanguageModel(
+        model.id,
+        model.revision,
+        dtype=choose_dtype(model.dtype, device),
+        device=device,
+        trust_remote_code=model.trust_remote_code,
+        center_writing_weights=model.center_writing_weights,
+    )
 
 
 def load_saes(chosen: Sequence[SaeConfig]) -> dict[SiteKey, LoadedSae]:
@@ -49,13 +76,7 @@ class Reader:
         """
         self.device = choose_device(model.device)
         self.tokenizer = Tokenizer(model.id, model.revision, trust_remote_code=model.trust_remote_code)
-        self.model = LanguageModel(
-            model.id,
-            model.revision,
-            dtype=choose_dtype(model.dtype, self.device),
-            device=self.device,
-            trust_remote_code=model.trust_remote_code,
-        )
+        self.model = load_model(model, self.device)
         self.loaded = load_saes(saes)
         self.saes = {key: loaded.sae.to(self.device) for key, loaded in self.loaded.items()}
         self.points = sorted({key.hook_point for key in self.saes})
@@ -66,6 +87,12 @@ class Reader:
                     f"SAE {key.sae} is {sae.width} wide, but {key.hook_point} of {model.id} is "
                     f"{widths[key.hook_point]} wide; is this the SAE of another model or hook point?"
                 )
+
+    def warn_of_centring(self) -> None:
+        """Log which SAEs were trained on a model that this one is not, as to its writing weights."""
+        for site, loaded in self.loaded.items():
+            if found := centring_of(loaded, self.model.inner):
+                _log.warning("%s: %s", site, found.text)
 
     def activations(self, input_ids: Tensor, points: Sequence[HookPoint] | None = None) -> dict[HookPoint, Tensor]:
         """One forward pass over (B, T) ids, as far as the deepest of `points` (all by default); (B, T, D) each."""
