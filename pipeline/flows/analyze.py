@@ -75,6 +75,7 @@ def _publish(
             "config": config.model_dump(mode="json"),
             "numerics": identity.numerics_of(each for found in receipts.values() for each in found.values()),
             "seconds": filling.seconds,
+            "units": {str(site): str(loaded.unit) for site, loaded in identity.saes.items()},
         },
     )
     began = time.monotonic()

@@ -107,6 +107,7 @@ class Answer:
             num_features=self._loaded.reader.saes[site].num_features,
             digest=self._loaded.reader.loaded[site].digest,
             scale=scale,
+            unit=str(self._loaded.reader.loaded[site].unit),
         )
 
     def _analyzed(self, used: list[UsedSae], num_scored: int, num_gated: int) -> Analyzed:
@@ -169,6 +170,13 @@ class Answer:
             notes.append(
                 f"all {num_scored} features are below min_coverage_pct={request.min_coverage_pct:g}; lower it "
                 "(it is a fraction: 0.05 is one token in twenty)"
+            )
+        units = sorted({str(self._loaded.reader.loaded[site].unit) for site in self._sites})
+        by_mean_code = request.normalize == "mean_code" and backgrounds is not None
+        if len(units) > 1 and request.merge_across_layers and not by_mean_code:
+            notes.append(
+                f"the SAEs measure codes in several units ({'; '.join(units)}): scores of one are not on the scale of "
+                "another, and the merged order mixes them; merge_across_layers=false keeps them apart"
             )
         if backgrounds is None and request.tau.mode != "constant":
             notes.append(f"tau {request.tau.mode} needs a catalog and none was given: tau is 0")
