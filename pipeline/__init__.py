@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pipeline.flows.steer import steer
     from pipeline.flows.token_tables import make_token_df, save_linearized
     from pipeline.flows.trace import trace_feature
+    from pipeline.io.centring import center_writing_weights
     from pipeline.io.checkpoints import load_sae
     from pipeline.io.checkpoints.nanochat import load_saes, save_sae
     from pipeline.io.model import LanguageModel
@@ -66,6 +67,7 @@ __all__ = [
     "analyze",
     "analyze_linearized_feature",
     "capture_residual",
+    "center_writing_weights",
     "compare",
     "differential_features",
     "encode_prompts",
@@ -104,6 +106,7 @@ _HOMES = {
     "analyze": "pipeline.flows.analyze",
     "analyze_linearized_feature": "pipeline.flows.linearized",
     "capture_residual": "pipeline.flows.observe",
+    "center_writing_weights": "pipeline.io.centring",
     "compare": "pipeline.flows.compare",
     "differential_features": "pipeline.flows.observe",
     "encode_prompts": "pipeline.flows.observe",

@@ -98,6 +98,8 @@ class UsedSae(_Finding):
     digest: str
     scale: float
     """Its scores were divided by this."""
+    unit: str
+    """What its codes are measured in."""
 
 
 class Analyzed(_Finding):

@@ -752,7 +752,15 @@ def test_all_gated_and_missing_backgrounds_are_noted(bare, informed):
     assert not any("needs a catalog" in note for note in answer.analyzed.notes)
     assert (ask(bare, text="a").analyzed.tau, ask(informed, text="a").analyzed.tau) == ("constant 0", "p95")
     assert any("needs a catalog" in note for note in ask(bare, text="a").analyzed.notes)
-    assert ask(informed, text="a river", return_top_x=1, min_coverage_pct=0.0).analyzed.notes == []
+    one = {"return_top_x": 1, "min_coverage_pct": 0.0}
+    (units,) = ask(informed, text="a river", **one).analyzed.notes
+    assert "several units (activations after a layer norm, token by token; raw activations)" in units
+    assert ask(informed, text="a river", merge_across_layers=False, **one).analyzed.notes == []
+    assert ask(informed, text="a river", normalize="mean_code", **one).analyzed.notes == []
+    assert [one.unit for one in ask(informed, text="a river").analyzed.saes] == [
+        "activations after a layer norm, token by token",
+        "raw activations",
+    ]
 
 
 def broken_model(bench: Bench, folder: Path, name: str) -> Bench:

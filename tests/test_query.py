@@ -37,6 +37,14 @@ def test_stored_codes_are_all_firings_of_the_feature(catalog: Catalog) -> None:
         assert len({(code["shard_id"], code["context_id"]) for code in codes}) == row["context_count"]
 
 
+def test_rows_of_saes_that_measure_codes_otherwise_say_their_units(catalog: Catalog) -> None:
+    early = "activations after a layer norm, token by token"
+    assert catalog.units == {"blocks.0.hook_resid_post/early": early, f"{POINT}/{SAE}": "raw activations"}
+    both = ask(catalog, ask="best", limit=20)
+    assert {row["sae"]: row["unit"] for row in both} == {"early": early, SAE: "raw activations"}
+    assert all("unit" not in row for row in ask(catalog, ask="best", sae=SAE))
+
+
 def test_coactive_features_are_those_that_share_contexts(catalog: Catalog) -> None:
     contexts: dict[int, set[tuple[str, int]]] = {}
     for feature in range(96):

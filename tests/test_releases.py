@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_checkpoints import NORM, POINT, corrupt, llamascopium_of, qwen_scope, sparsify
+from tiny_checkpoints import NORM, POINT, WRITERS, corrupt, llamascopium_of, qwen_scope, sparsify
 
 from pipeline.compute.sae import CodeUnit
 from pipeline.config import SaeConfig
@@ -213,6 +213,37 @@ def test_a_factor_that_lm_saes_keeps_elsewhere_is_asked_for(tmp_path: Path) -> N
         load_sae(str(tmp_path / "whole" / "L7R"), norm_scaling_factor=2.0)
     with pytest.raises(CheckpointError, match=r"which is saes.*expected_average_only_in; leave out"):
         load_sae(bare, normalize_activations="layer_norm")
+
+
+UNITS = {
+    "sparsify": "raw activations",
+    "dictionary_learning": "raw activations, times the decoder row's length",
+    "gemma_scope": "raw activations",
+    "gemma_scope_2": "raw activations",
+    "llama_scope": "raw activations, times the decoder row's length",
+    "llamascopium": f"activations times {7**0.5 / NORM:.6g}",
+    "qwen_scope": "raw activations",
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_every_format_says_the_unit_of_its_codes(name: str, tmp_path: Path) -> None:
+    assert str(load_sae(str(WRITERS[name](tmp_path)), hook_point="blocks.12.hook_resid_post").unit) == UNITS[name]
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_where_a_unit_says_that_lengths_are_folded_in_the_decoder_rows_have_length_1(name: str, tmp_path: Path) -> None:
+    loaded = load_sae(str(WRITERS[name](tmp_path)), hook_point="blocks.12.hook_resid_post")
+    lengths = loaded.sae.decoder_norms()
+    assert torch.allclose(lengths, torch.ones_like(lengths)) == loaded.unit.decoder_norm
+
+
+def test_a_rescaled_topk_of_scaled_activations_is_in_raw_units_times_the_length(tmp_path: Path) -> None:
+    keys = {"architecture": "topk", "k": 5, "rescale_acts_by_decoder_norm": True, "normalize_activations": EXPECTED}
+    folder = write(tmp_path / "sae", **keys, metadata={"hook_name": "blocks.1.hook_resid_post"})
+    loaded = load_sae(str(folder), norm_scaling_factor=0.25)
+    assert loaded.unit == CodeUnit("raw", 1.0, decoder_norm=True)
+    assert torch.allclose(loaded.sae.decoder_norms(), torch.ones(F))
 
 
 def test_a_mapping_may_hold_the_settings_of_an_sae(tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ class ModelConfig(Section):
     fix_mistral_regex: bool | None = None
     """Mistral tokenizers saved by transformers before 5.0 split words by a wrong rule, and transformers warns of it.
     true: mend it; false: keep the old ids, as for SAEs trained on them; null: keep them and be warned."""
+    center_writing_weights: bool = False
+    """Take the mean over d_model off all that writes to the residual stream, as TransformerLens does: for SAEs that
+    were trained on such a model. Only where the norms are LayerNorms, so that predictions stay what they are."""
 
 
 class SaeConfig(Section):

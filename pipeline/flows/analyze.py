@@ -76,6 +76,7 @@ def _publish(
             "numerics": identity.numerics_of(each for found in receipts.values() for each in found.values()),
             "seconds": filling.seconds,
             "passed_over": [asdict(one) for one in filling.passed_over],
+            "units": {str(site): str(loaded.unit) for site, loaded in identity.saes.items()},
         },
     )
     began = time.monotonic()

@@ -123,6 +123,7 @@ def _to_catalog(config: AttributeConfig, name: str, say: Callable[[str], None] |
             "made_at": time.time(),
             "config": old.manifest["config"] | {"logits": config.logits.model_dump(mode="json")},
             "numerics": old.manifest["numerics"],
+            "units": old.units,
             "seconds": old.manifest["seconds"] | {"logits": seconds},
             "passed_over": old.manifest.get("passed_over", []),
         }

@@ -66,6 +66,11 @@ class Catalog:
         """All of `slices.parquet`."""
         return tables.read(self.folder / "slices.parquet")
 
+    @property
+    def units(self) -> dict[str, str]:
+        """What the codes of each SAE are measured in, by site; empty in catalogs that were made before it was noted."""
+        return dict(self.manifest.get("units", {}))
+
     def of_sae(self, hook_point: str, sae: str) -> tables.Table:
         """Rows of `features` of one SAE, by feature id."""
         key = [("hook_point", "=", hook_point), ("sae", "=", sae)]

@@ -53,6 +53,7 @@ def open_discoverer(config: DiscoveryConfig, planned: Provenance | None = None) 
     chosen = choose_device(model.device)
     numerics = device.configure(config.threads, chosen)
     reader = Reader(model, config.saes, planned)
+    reader.warn_of_centring()
     facts = reader.model.facts
     dtype = str(choose_dtype(model.dtype, chosen)).removeprefix("torch.")
     identity = {"model": facts.digest, "dtype": dtype, "tokenizer": reader.tokenizer.digest, "numerics": numerics}

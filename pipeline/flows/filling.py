@@ -19,6 +19,7 @@ from pipeline.io.folders import PassedOver
 from pipeline.records import Failure, ShardRecord, SourceRecord, canonical
 from pipeline.steps import layout, plan, preflight
 from pipeline.steps.cluster import connected, run_tasks
+from pipeline.steps.demands import Run
 from pipeline.steps.outcomes import Outcome, result_of
 from pipeline.steps.preflight import FitProbe
 from pipeline.steps.prepare import Preparer, PrepareSettings, choose_shards, read_settings
@@ -214,12 +215,26 @@ class Filling:
             raise CheckpointError(f"preflight failed: {outcome.message}")
         for fit in outcome.result:
             self.voice.say(f"preflight {preflight.describe(fit)}")
-        bos = bool(self.identity.preparation["bos"])
-        found = preflight.complaints(outcome.result, self.identity.saes, bos)
+        found = preflight.complaints(outcome.result, self.identity.saes, self._about_run())
         if self.config.preflight == "refuse":
             preflight.refuse(found)
         for complaint in found:
-            self.voice.say(f"warning: {complaint}")
+            self.voice.say(f"warning: {complaint.text}")
+
+    def _about_run(self) -> Run:
+        config, identity = self.config, self.identity
+        given = config.corpus.source
+        return Run(
+            model_id=config.model.id,
+            family=identity.facts.family,
+            dtype=str(identity.measure["model"]["dtype"]),
+            is_centred=config.model.center_writing_weights,
+            bos=bool(identity.preparation["bos"]),
+            context_length=config.corpus.context_length,
+            sources=tuple(str(one) for one in (given.values() if isinstance(given, dict) else [given])),
+            special_ids=frozenset(identity.special_ids),
+            masks=config.masks,
+        )
 
     def _quarantine(self, outcome: Outcome[Any, Any]) -> Failure:
         task: ShardTask = outcome.task

@@ -33,6 +33,8 @@ class Identity:
     numerics: dict[str, str | int]
     preparation: dict[str, Any]
     measure: dict[str, Any]
+    special_ids: tuple[int, ...]
+    """Of the tokenizer."""
 
     @property
     def preparation_id(self) -> str:
@@ -104,6 +106,7 @@ def identify(config: AnalyzeConfig) -> Identity:
         numerics=numerics,
         preparation=preparation_fields(config.corpus, tokenizer, shard_tokens),
         measure=plan.measure_fields(config, about_model, saes, numerics),
+        special_ids=tuple(tokenizer.special_ids),
     )
 
 

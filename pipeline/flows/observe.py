@@ -6,6 +6,7 @@ included.
 """
 
 from collections.abc import Sequence
+from logging import getLogger
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,10 @@ from pipeline.errors import ConfigError
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.io.hooks import RESIDUAL, Captures, blocks_of, capture_residual, taps_of
 from pipeline.io.soundness import check_ids
+from pipeline.steps.demands import centring_of
 from pipeline.types import HookPoint
+
+_log = getLogger(__name__)
 
 __all__ = [
     "FeatureRanking",
@@ -115,6 +119,8 @@ def observe_prompts(
     if isinstance(prompts, str):
         raise ValueError("prompts is one string; expected a sequence of them")
     point, canonical = _site(sae, layer_idx)
+    if isinstance(sae, LoadedSae) and (found := centring_of(sae, model)):
+        _log.warning("%s: %s", point, found.text)
     ids = _token_ids(tokenizer, prompts, apply_chat_template)
     num_embeddings = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # nn.Module types it a tensor
     for row in ids:

@@ -32,9 +32,9 @@ def query(config: QueryConfig) -> Rows:
     if config.ask in of_text:
         if config.text is None:
             raise ConfigError(f"ask={config.ask} needs text=…")
-        return of_text[config.ask](config.text)
+        return _with_units(catalog, of_text[config.ask](config.text))
     if config.ask == "best":
-        return catalog.page(0, config.limit, config.hook_point, config.sae)
+        return _with_units(catalog, catalog.page(0, config.limit, config.hook_point, config.sae))
     if config.feature is None:
         raise ConfigError(f"ask={config.ask} needs feature=…, a feature id")
     point, sae = _site(catalog, config)
@@ -43,6 +43,17 @@ def query(config: QueryConfig) -> Rows:
     except KeyError as error:
         raise ConfigError(f"there is no feature {config.feature} of {sae} at {point}") from error
     return of_feature[config.ask](point, sae, config.feature)
+
+
+def _with_units(catalog: Catalog, rows: Rows) -> Rows:
+    """The rows, with what codes are measured in where that differs between their SAEs, whose numbers share no scale.
+
+    A catalog that was made before it was noted has none to tell.
+    """
+    found = [catalog.units.get(f"{row.get('hook_point')}/{row.get('sae')}") for row in rows]
+    if len(set(found)) < 2:
+        return rows
+    return [row | {"unit": unit} for row, unit in zip(rows, found, strict=True)]
 
 
 def _site(catalog: Catalog, config: QueryConfig) -> tuple[str, str]:

@@ -119,6 +119,7 @@ def build(config: SnapshotsConfig, say: Callable[[str], None] | None = None) -> 
             "config": settings.model_dump(mode="json"),
             "numerics": base.manifest["numerics"],
             "seconds": {},
+            "units": base.units,
             "built_from": config.model_dump(mode="json", exclude={"store", "cluster"}),
         },
     )

@@ -78,6 +78,7 @@ def steer(config: SteerConfig) -> Steering:
     """
     device.configure(config.threads, choose_device(config.model.device))
     reader = Reader(config.model, config.saes)
+    reader.warn_of_centring()
     sites = _sites(reader)
     edits = _edits(config, sites, reader)
     if config.catalog.name is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError
-from pipeline.io import told
+from pipeline.io import centring, told
 from pipeline.io.hooks import Captures, Tap, layout_of, streams_of
 from pipeline.io.pretrained import first_line, model_digest, resolve
 from pipeline.io.soundness import MissingHead, check_ids, check_report, check_values, converted_wrongly, listed
@@ -21,7 +21,7 @@ class ModelFacts:
     """What is known of a model by its config and the bytes of its files."""
 
     digest: str
-    """sha256 of config and weight files (a directory), or of id and commit (the hub)."""
+    """sha256 of config and weight files (a directory), or of id and commit (the hub), and of whether it is centred."""
     family: str
     num_layers: int
     d_model: int
@@ -33,12 +33,18 @@ class ModelFacts:
     """The streams that the family has."""
 
 
-def model_facts(model_id: str, revision: str | None = None, *, trust_remote_code: bool = False) -> ModelFacts:
-    """Read a model's config and hash its files.
+def model_facts(
+    model_id: str,
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    center_writing_weights: bool = False,
+) -> ModelFacts:
+    """Read a model's config and hash its files; a model that is centred when it is loaded has a digest of its own.
 
     Raises:
         CheckpointError: if there is no such model.
-        ConfigError: if its family is not supported.
+        ConfigError: if its family is not supported, or cannot be centred.
     """
     from transformers import AutoConfig
 
@@ -49,8 +55,12 @@ def model_facts(model_id: str, revision: str | None = None, *, trust_remote_code
     except Exception as error:  # the hub, the cache and the parsers each have errors of their own
         raise CheckpointError(f"model.id {model_id} has no readable config: {first_line(error)}") from error
     config = whole.get_text_config()
+    found = model_digest(source, getattr(whole, "_commit_hash", None))
+    if center_writing_weights:
+        centring.check_family(config.model_type)
+        found = centring.centred_digest(found)
     return ModelFacts(
-        digest=model_digest(source, getattr(whole, "_commit_hash", None)),
+        digest=found,
         family=config.model_type,
         num_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
@@ -72,14 +82,24 @@ class LanguageModel:
         device: torch.device,
         trust_remote_code: bool = False,
         fix_mistral_regex: bool | None = None,
+        center_writing_weights: bool = False,
     ):
         """Load a model and prove that every tensor of it is that of its files.
 
         A directory that was saved without a head gives a model that has none: what needs it raises CheckpointError.
 
+        Args:
+            model_id: a hub id, a local directory, a GGUF file, or the embedded model.
+            revision: of a hub id.
+            dtype: of the weights.
+            device: where they lie.
+            trust_remote_code: run model code from the hub.
+            fix_mistral_regex: of its tokenizer.
+            center_writing_weights: as `io.centring` does it; only for families with LayerNorms.
+
         Raises:
             CheckpointError: if it cannot be loaded, or tensors are missing, not known, of another size or not finite.
-            ConfigError: if its family is not supported.
+            ConfigError: if its family is not supported, or cannot be centred.
         """
         from transformers import AutoModelForCausalLM
 
@@ -103,18 +123,21 @@ class LanguageModel:
                 f"{len(left_out)} tensors of model {model_id} belong to no part of this architecture and were left "
                 f"out: {listed(left_out)}"
             )
-        self.inner.eval().requires_grad_(False).to(device)
+        self.inner.eval().requires_grad_(False)
+        if center_writing_weights:
+            centring.center_writing_weights(self.inner)
+        self.inner.to(device)
         check_values(self.inner, model_id)
         self._blocks, self._taps = layout_of(self.inner)
         self.device = device
         self.num_embeddings: int = self.inner.get_input_embeddings().weight.shape[0]
-        self._origin = (model_id, revision, trust_remote_code, fix_mistral_regex)
+        self._origin = (model_id, revision, trust_remote_code, fix_mistral_regex, center_writing_weights)
 
     @cached_property
     def facts(self) -> ModelFacts:
         """What is known of it; its files are hashed when this is first asked for, after they were loaded."""
-        model_id, revision, trust, _ = self._origin
-        return model_facts(model_id, revision, trust_remote_code=trust)
+        model_id, revision, trust, _, centred = self._origin
+        return model_facts(model_id, revision, trust_remote_code=trust, center_writing_weights=centred)
 
     @property
     def is_headless(self) -> bool:
@@ -124,7 +147,7 @@ class LanguageModel:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that belongs to it, loaded when first asked for."""
-        model_id, revision, trust, fix = self._origin
+        model_id, revision, trust, fix, _ = self._origin
         return Tokenizer(model_id, revision, trust_remote_code=trust, fix_mistral_regex=fix)
 
     def check_ids(self, input_ids: Tensor) -> None:

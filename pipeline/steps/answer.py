@@ -151,6 +151,7 @@ class Answer:
             num_features=self._loaded.reader.saes[site].num_features,
             digest=self._loaded.reader.loaded[site].digest,
             scale=self._scale(site),
+            unit=str(self._loaded.reader.loaded[site].unit),
         )
 
     def _analyzed(self, rankings: Sequence[Ranking]) -> Analyzed:
@@ -216,6 +217,13 @@ class Answer:
                 "sink; leave such tokens out with first_positions=1 or max_norm_ratio=10"
             )
         notes += self._gates(rankings)
+        units = sorted({str(self._loaded.reader.loaded[site].unit) for site in self._sites})
+        by_mean_code = request.normalize == "mean_code" and backgrounds is not None
+        if len(units) > 1 and request.merge_across_layers and not by_mean_code:
+            notes.append(
+                f"the SAEs measure codes in several units ({'; '.join(units)}): scores of one are not on the scale of "
+                "another, and the merged order mixes them; merge_across_layers=false keeps them apart"
+            )
         if backgrounds is None and request.tau.mode != "constant":
             notes.append(f"tau {request.tau.mode} needs a catalog and none was given: tau is 0")
         if backgrounds is not None and backgrounds.model_digest != self._loaded.model_digest:

@@ -19,7 +19,12 @@ from pipeline.io.tokenizer import Tokenizer
 
 def facts_of(model: ModelConfig) -> ModelFacts:
     """What is known of a model by its config and files; they are hashed."""
-    return model_facts(model.id, model.revision, trust_remote_code=model.trust_remote_code)
+    return model_facts(
+        model.id,
+        model.revision,
+        trust_remote_code=model.trust_remote_code,
+        center_writing_weights=model.center_writing_weights,
+    )
 
 
 def tokenizer_of(model: ModelConfig) -> Tokenizer:
@@ -41,6 +46,7 @@ def model_of(model: ModelConfig, device: torch.device) -> LanguageModel:
         device=device,
         trust_remote_code=model.trust_remote_code,
         fix_mistral_regex=model.fix_mistral_regex,
+        center_writing_weights=model.center_writing_weights,
     )
 
 

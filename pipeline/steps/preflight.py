@@ -4,23 +4,30 @@ A few thousand real tokens show how much variance the reconstruction misses, how
 how large reconstructions are beside activations. One such look catches nearly every wrong pairing.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import numpy as np
 import torch
 
 from pipeline.compute import masks
+from pipeline.compute.sae import SparseAutoencoder, Transform, folded
 from pipeline.errors import CheckpointError
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.records import ShardRecord
+from pipeline.steps.demands import WRITTEN, Complaint, Run, demands
 from pipeline.steps.shard import Analyzer
 from pipeline.types import SiteKey
 
 POOR_FVU, HOPELESS_FVU = 0.5, 1.0
 MANY_NEGATIVE = 0.01
 NUM_TOKENS = 4096
+NUM_TRIED = 512
+"""Tokens that other settings are tried on."""
+MUCH_BETTER = 0.8
+CENTRED = "model.center_writing_weights=true"
+TRANSFORMS: tuple[Transform, ...] = ("constant_norm_rescale", "layer_norm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +35,26 @@ class FitProbe:
     """Look at the first contexts of these shards."""
 
     shards: tuple[ShardRecord, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherFit:
+    """How an SAE would fit under a setting that the run has not."""
+
+    setting: str
+    """What to set for it."""
+    fvu: float
+    own_fvu: float
+    """Without that setting, over the same tokens."""
+
+    @property
+    def is_better(self) -> bool:
+        """Whether by far, and well."""
+        return self.fvu < MUCH_BETTER * self.own_fvu and self.fvu < POOR_FVU
+
+    def __str__(self) -> str:
+        less = "activations less their mean over d_model" if self.setting == CENTRED else self.setting
+        return f"with {less} the FVU of {NUM_TRIED} tokens is {self.fvu:.3f} in place of {self.own_fvu:.3f}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +75,8 @@ class Fit:
     """Median length of an activation."""
     norm_ratio: float
     """Median of (length of the reconstruction) / (length of the activation)."""
+    others: tuple[OtherFit, ...] = ()
+    """How it would fit if activations entered otherwise."""
 
 
 def probe(shards: Sequence[ShardRecord]) -> FitProbe:
@@ -92,8 +121,9 @@ def measure(analyzer: Analyzer, probe: FitProbe) -> list[Fit]:
             num_codes=num_codes[key],
             num_negative=num_negative[key],
             dead_share=float(1 - fired[key].mean()),
+            others=_others(key, sae, torch.cat(xs[key])),
         )
-        for key in analyzer.saes
+        for key, sae in analyzer.saes.items()
     ]
 
 
@@ -111,7 +141,14 @@ def _first_contexts(analyzer: Analyzer, probe: FitProbe) -> list[list[int]]:
 
 
 def _fit(
-    site: SiteKey, x: torch.Tensor, y: torch.Tensor, *, num_codes: int, num_negative: int, dead_share: float
+    site: SiteKey,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    num_codes: int,
+    num_negative: int,
+    dead_share: float,
+    others: tuple[OtherFit, ...],
 ) -> Fit:
     if not len(x):
         nan = float("nan")
@@ -127,6 +164,7 @@ def _fit(
         dead_share=dead_share,
         norm=float(norm.median()),
         norm_ratio=float((y.norm(dim=1) / norm.clamp(min=1e-30)).median()),
+        others=others,
     )
 
 
@@ -139,44 +177,70 @@ def describe(fit: Fit) -> str:
     )
 
 
-def complaints(fits: Sequence[Fit], saes: Mapping[SiteKey, LoadedSae], bos: bool) -> list[str]:
+def complaints(fits: Sequence[Fit], saes: Mapping[SiteKey, LoadedSae], run: Run) -> list[Complaint]:
     """What does not belong together, each as one sentence with its numbers.
 
     Args:
         fits: as measured.
         saes: by site, with what their checkpoints say.
-        bos: whether contexts begin with BOS.
+        run: what it gives.
     """
-    found = []
+    found = [Complaint(text=f"{fit.site}: {text}", is_error=True) for fit in fits for text in _misfits(fit)]
     for fit in fits:
-        metadata = saes[fit.site].metadata
-        if fit.num_tokens == 0:
-            found.append(f"{fit.site}: the masks leave no token to count")
-        elif not fit.fvu <= POOR_FVU:
-            word = "hopeless" if not fit.fvu <= HOPELESS_FVU else "poor"
-            found.append(
-                f"{fit.site}: the fit is {word}: FVU {fit.fvu:.3f} (expected below {POOR_FVU}), L0 {fit.l0:.1f}, "
-                f"|reconstruction| / |x| {fit.norm_ratio:.2f}; check model, hook point and activation scale"
-            )
-        num_codes = fit.num_negative + fit.l0 * fit.num_tokens
-        if fit.num_negative > MANY_NEGATIVE * num_codes:
-            found.append(
-                f"{fit.site}: {fit.num_negative} of {num_codes:.0f} codes are negative, as its gate has no ReLU; a "
-                "feature fires where its code is above 0, so the census passes over them"
-            )
-        if (metadata.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"):
-            found.append(f"{fit.site}: trained on a model with centred weights, which this one has not")
-        trained = metadata.get("prepend_bos")
-        if isinstance(trained, bool) and trained != bos:
-            rule = "always" if trained else "never"
-            found.append(
-                f"{fit.site}: trained {'with' if trained else 'without'} BOS, but this corpus has "
-                f"{'one' if bos else 'none'}; corpus.bos={rule} would match"
-            )
-    return found
+        said = saes[fit.site].metadata.get("model_from_pretrained_kwargs") or {}
+        other = next((one for one in fit.others if one.setting == CENTRED), None)
+        if other and run.can_be_centred and "center_writing_weights" not in said and other.is_better:
+            text = f"{fit.site}: {other}; if it was trained on centred writing weights, {CENTRED} would match"
+            found.append(Complaint(text=text, is_error=False))
+    return found + demands(saes, run)
 
 
-def refuse(found: Sequence[str]) -> None:
-    """Raise CheckpointError if there is anything to complain about."""
-    if found:
-        raise CheckpointError("; ".join(found) + " (preflight=warn goes on regardless)")
+def _misfits(fit: Fit) -> Iterator[str]:
+    """What is wrong about the numbers of one SAE."""
+    if fit.num_tokens == 0:
+        yield "the masks leave no token to count"
+    elif not fit.fvu <= POOR_FVU:
+        word = "hopeless" if not fit.fvu <= HOPELESS_FVU else "poor"
+        others = sorted((one for one in fit.others if one.setting != CENTRED), key=lambda one: one.fvu)
+        better = "; ".join(str(one) for one in others if one.is_better)
+        yield (
+            f"the fit is {word}: FVU {fit.fvu:.3f} (expected below {POOR_FVU}), L0 {fit.l0:.1f}, "
+            f"|reconstruction| / |x| {fit.norm_ratio:.2f}; check model, hook point and activation scale"
+            + (f" ({better})" if better else "")
+        )
+    num_codes = fit.num_negative + fit.l0 * fit.num_tokens
+    if fit.num_negative > MANY_NEGATIVE * num_codes:
+        yield (
+            f"{fit.num_negative} of {num_codes:.0f} codes are negative, as its gate has no ReLU; a feature fires where "
+            "its code is above 0, so the census passes over them"
+        )
+
+
+def refuse(found: Sequence[Complaint]) -> None:
+    """Raise CheckpointError if anything among these changes numbers."""
+    if errors := [one.text for one in found if one.is_error]:
+        raise CheckpointError("; ".join(errors) + " (preflight=warn goes on regardless)")
+
+
+def _others(site: SiteKey, sae: SparseAutoencoder, x: torch.Tensor) -> tuple[OtherFit, ...]:
+    """How the SAE would fit a few of these tokens (N, D) if activations entered otherwise than they do."""
+    if not len(x):
+        return ()
+    x = x[:NUM_TRIED].to(sae.w_enc)
+    own, found = _fvu(sae, x), {}
+    if site.hook_point.stream in WRITTEN:
+        found[CENTRED] = _fvu(sae, x - x.mean(dim=1, keepdim=True))
+    if sae.transform == "none" and sae.scale == 1:
+        factor = float(f"{sae.width**0.5 / float(x.norm(dim=1).mean().clamp(min=1e-30)):.4g}")
+        key = "saes[].normalize_activations="
+        found |= {key + how: _fvu(replace(sae, transform=how), x) for how in TRANSFORMS}
+        scaled = f"{key}expected_average_only_in saes[].norm_scaling_factor={factor:g}"
+        found[scaled] = _fvu(folded(sae, factor), x)
+    return tuple(OtherFit(setting=setting, fvu=fvu, own_fvu=own) for setting, fvu in found.items())
+
+
+def _fvu(sae: SparseAutoencoder, x: torch.Tensor) -> float:
+    with torch.inference_mode():
+        y = sae.reconstruct(x[None], sae.encode(x[None]))[0]
+    variance = (x - x.mean(dim=0)).double().square().sum()
+    return float((x - y).double().square().sum() / variance) if variance > 0 else float("nan")

@@ -231,7 +231,7 @@ def read_manifest(blobs: LocalBlobs, name: str, number: int) -> dict[str, Any]:
 def facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The facts that a manifest was published with: without its number, its files and what is volatile."""
     others = ("catalog", "snapshot", "digest", "files", "made_at", "config", "numerics", "seconds", "built_from",
-              "passed_over")  # fmt: skip
+              "passed_over", "units")  # fmt: skip
     return {name: value for name, value in manifest.items() if name not in others}
 
 

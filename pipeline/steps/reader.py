@@ -1,6 +1,7 @@
 """A model and SAEs, loaded once and proved to fit each other: token ids in, activations at hook points out."""
 
 from collections.abc import Sequence
+from logging import getLogger
 
 from torch import Tensor
 
@@ -8,8 +9,11 @@ from pipeline.config import ModelConfig, SaeConfig
 from pipeline.errors import ConfigError
 from pipeline.io.checkpoints import LoadedSae, load_sae
 from pipeline.io.device import choose_device
+from pipeline.steps.demands import centring_of
 from pipeline.steps.parts import Provenance, model_of, tokenizer_of
 from pipeline.types import HookPoint, SiteKey
+
+_log = getLogger(__name__)
 
 
 def load_saes(chosen: Sequence[SaeConfig]) -> dict[SiteKey, LoadedSae]:
@@ -74,6 +78,12 @@ class Reader:
     def fill_id(self) -> int:
         """Stands behind the tokens of a short row, where it is masked: the pad token, if the model knows it."""
         return self.tokenizer.pad_id if self.tokenizer.pad_id < self.model.num_embeddings else 0
+
+    def warn_of_centring(self) -> None:
+        """Log which SAEs were trained on a model that this one is not, as to its writing weights."""
+        for site, loaded in self.loaded.items():
+            if found := centring_of(loaded, self.model.inner):
+                _log.warning("%s: %s", site, found.text)
 
     def activations(self, input_ids: Tensor, points: Sequence[HookPoint] | None = None) -> dict[HookPoint, Tensor]:
         """One forward pass over (B, T) ids, as far as the deepest of `points` (all by default); (B, T, D) each."""
