@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.config import AnalyzeConfig
 from pipeline.errors import CheckpointError, SourceError
-from pipeline.flows.identity import find_config_sources, identify
+from pipeline.flows.identity import find_config_sources, identify, settled
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device
 from pipeline.records import Failure, ShardRecord, SourceRecord, canonical
@@ -52,8 +52,8 @@ class Filling:
         Raises:
             UserError: if parts do not belong together, or cannot be read.
         """
-        self.config = config
-        self.identity = identify(config)
+        self.config = settled(config)
+        self.identity = identify(self.config)
         self.blobs = LocalBlobs(config.store.root)
         self.run_id = new_run()
         self.voice = Voice(self.blobs, layout.events(self.run_id), say)
@@ -190,8 +190,8 @@ class Filling:
         found = preflight.complaints(outcome.result, self.identity.saes, bos)
         if self.config.preflight == "refuse":
             preflight.refuse(found)
-        for complaint in found:
-            self.voice.say(f"warning: {complaint}")
+        for warning in [*found, *preflight.doubts(outcome.result)]:
+            self.voice.say(f"warning: {warning}")
 
     def _quarantine(self, outcome: Outcome[Any, Any]) -> Failure:
         task: ShardTask = outcome.task

@@ -4,6 +4,7 @@ A few thousand real tokens show how much variance the reconstruction misses, how
 how large reconstructions are beside activations. One such look catches nearly every wrong pairing.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -16,7 +17,7 @@ from pipeline.errors import CheckpointError
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.records import ShardRecord
 from pipeline.steps.shard import Analyzer
-from pipeline.types import SiteKey
+from pipeline.types import HookPoint, SiteKey
 
 POOR_FVU, HOPELESS_FVU = 0.5, 1.0
 MANY_NEGATIVE = 0.01
@@ -48,6 +49,8 @@ class Fit:
     """Median length of an activation."""
     norm_ratio: float
     """Median of (length of the reconstruction) / (length of the activation)."""
+    tokens: dict[str, int]
+    """The books of its hook point: how many count, and how many each rule excluded."""
 
 
 def probe(shards: Sequence[ShardRecord]) -> FitProbe:
@@ -69,8 +72,11 @@ def measure(analyzer: Analyzer, probe: FitProbe) -> list[Fit]:
     made: dict[SiteKey, list[torch.Tensor]] = {key: [] for key in analyzer.saes}
     fired = {key: np.zeros(sae.num_features, bool) for key, sae in analyzer.saes.items()}
     num_codes, num_negative = dict.fromkeys(analyzer.saes, 0), dict.fromkeys(analyzer.saes, 0)
+    tokens: dict[HookPoint, Counter[str]] = {point: Counter() for point in analyzer.points}
     for batch in analyzer.batches(_first_contexts(analyzer, probe)):
         got, books = analyzer.activations(batch)
+        for point in analyzer.points:
+            tokens[point].update(masks.tally(books[point]))
         for key, sae in analyzer.saes.items():
             x, counted = got[key.hook_point], books[key.hook_point] == masks.COUNTED
             with torch.inference_mode():
@@ -92,6 +98,7 @@ def measure(analyzer: Analyzer, probe: FitProbe) -> list[Fit]:
             num_codes=num_codes[key],
             num_negative=num_negative[key],
             dead_share=float(1 - fired[key].mean()),
+            tokens=dict(tokens[key.hook_point]),
         )
         for key in analyzer.saes
     ]
@@ -111,11 +118,19 @@ def _first_contexts(analyzer: Analyzer, probe: FitProbe) -> list[list[int]]:
 
 
 def _fit(
-    site: SiteKey, x: torch.Tensor, y: torch.Tensor, *, num_codes: int, num_negative: int, dead_share: float
+    site: SiteKey,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    num_codes: int,
+    num_negative: int,
+    dead_share: float,
+    tokens: dict[str, int],
 ) -> Fit:
     if not len(x):
         nan = float("nan")
-        return Fit(site=site, num_tokens=0, fvu=nan, l0=nan, num_negative=0, dead_share=1, norm=nan, norm_ratio=nan)
+        about = {"fvu": nan, "l0": nan, "norm": nan, "norm_ratio": nan}
+        return Fit(site=site, num_tokens=0, num_negative=0, dead_share=1, tokens=tokens, **about)
     norm = x.norm(dim=1)
     variance = (x - x.mean(dim=0)).square().sum()
     return Fit(
@@ -127,15 +142,17 @@ def _fit(
         dead_share=dead_share,
         norm=float(norm.median()),
         norm_ratio=float((y.norm(dim=1) / norm.clamp(min=1e-30)).median()),
+        tokens=tokens,
     )
 
 
 def describe(fit: Fit) -> str:
     """One line for people."""
     negative = f", {fit.num_negative} negative codes passed over" if fit.num_negative else ""
+    sinks = f", {fit.tokens['attention_sinks']} attention sinks left out" if fit.tokens["attention_sinks"] else ""
     return (
         f"{fit.site}: FVU {fit.fvu:.3f}, L0 {fit.l0:.1f}{negative}, silent on this sample {fit.dead_share:.1%}, "
-        f"|x| {fit.norm:.4g}, |reconstruction| / |x| {fit.norm_ratio:.2f} ({fit.num_tokens} tokens)"
+        f"|x| {fit.norm:.4g}, |reconstruction| / |x| {fit.norm_ratio:.2f} ({fit.num_tokens} tokens{sinks})"
     )
 
 
@@ -174,6 +191,12 @@ def complaints(fits: Sequence[Fit], saes: Mapping[SiteKey, LoadedSae], bos: bool
                 f"{'one' if bos else 'none'}; corpus.bos={rule} would match"
             )
     return found
+
+
+def doubts(fits: Sequence[Fit]) -> list[str]:
+    """What may be as it should and yet looks wrong, each as one sentence; nothing to refuse a run for."""
+    by_point = {fit.site.hook_point: masks.many_sinks(fit.tokens) for fit in fits}
+    return [f"{point}: {sentence}" for point, sentence in by_point.items() if sentence]
 
 
 def refuse(found: Sequence[str]) -> None:
