@@ -23,6 +23,7 @@ from pipeline.io import answers
 from pipeline.steps.sae_map import saes_named
 
 _LISTS = {"layers": int, "streams": str, "restrict_features": int}
+_NULLABLE = {"max_norm_ratio": float, "first_positions": int, "attention_sinks": bool}
 _LABEL_WIDTH = 26
 _OURS = {"sae_id", "model_id", "tau"}
 
@@ -206,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
         if name in _LISTS:
             parser.add_argument(*names, nargs="*", type=_LISTS[name], help=_help(field))
         else:
-            default = float if name == "max_norm_ratio" else int if name == "first_positions" else type(field.default)
+            default = _NULLABLE.get(name, type(field.default))
             kind = {bool: _boolean, int: int, float: float}.get(default, str)
             parser.add_argument(*names, type=kind, help=_help(field), metavar=name.upper())
     return parser

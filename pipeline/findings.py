@@ -124,6 +124,11 @@ class Analyzed(_Finding):
     """Of which no token is kept."""
     max_norm_ratio: float | None
     """Tokens above this multiple of the median norm are not kept."""
+    attention_sinks: bool
+    """Whether attention sinks are not kept: more than 10 times the median norm, or more than 2 times with over half
+    of the energy in one dimension."""
+    tokens_sinks: int
+    """That only this rule took."""
     tau: str
     """The rule that set tau."""
     selectivity_background: str

@@ -98,6 +98,20 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sinky_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model, but the tokens of "e" and "." are attention sinks: long by one dimension, and far longer."""
+    folder = tmp_path_factory.mktemp("sinky") / "model"
+    model = LlamaForCausalLM.from_pretrained(model_dir)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    for text, size in (("e", 40.0), (".", 2000.0)):
+        (token,) = tokenizer(text, add_special_tokens=False)["input_ids"]
+        model.model.embed_tokens.weight.data[token, 3] = size
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def sae_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """`early`, a JumpReLU of 64 features on normalised layer 0, and `late`, a top-8 of 96 on layer 1."""
     folder = tmp_path_factory.mktemp("saes")

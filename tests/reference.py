@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import AnalyzeConfig, SaeConfig
 
-RULES = ("padding", "special_tokens", "first_positions", "positions", "max_norm_ratio")
+RULES = ("padding", "special_tokens", "first_positions", "positions", "max_norm_ratio", "attention_sinks")
 COUNTED = "counted"
 NEAR_BEFORE, NEAR_AFTER = 8, 4
 FIT_EVERY = 16
@@ -182,7 +182,7 @@ class Twin:
         sites = []
         for sae in sorted(saes, key=lambda sae: (sae.layer, sae.name)):
             x, z, back = (np.concatenate([p[i].numpy() for p in parts[sae.name]]) for i in range(3))
-            rules = [self._rules(context, norms) for context, norms in zip(self.contexts, _norms(x), strict=True)]
+            rules = [self._rules(*one) for one in zip(self.contexts, x, _norms(x), strict=True)]
             counted = np.array(rules) == COUNTED
             sample = counted & (np.array([context.row for context in self.contexts]) % FIT_EVERY == 0)[:, None]
             x, error = x[sample].astype(np.float64), (x - back)[sample].astype(np.float64)
@@ -198,7 +198,7 @@ class Twin:
             )
         return sites
 
-    def _rules(self, context: Context, norms: list[np.float32]) -> list[str]:
+    def _rules(self, context: Context, x: np.ndarray, norms: list[np.float32]) -> list[str]:
         masks = self.config.masks
         real = sorted(norms[: len(context.ids)])
         median = real[(len(real) - 1) // 2]
@@ -214,6 +214,8 @@ class Twin:
                 rules.append("positions")
             elif masks.max_norm_ratio is not None and norms[position] > masks.max_norm_ratio * median:
                 rules.append("max_norm_ratio")
+            elif masks.attention_sinks is not False and _is_sink(x[position], median):
+                rules.append("attention_sinks")
             else:
                 rules.append(COUNTED)
         return rules
@@ -347,6 +349,12 @@ class _Sae:
 def octave(value: float) -> int:
     """e with 2**e <= value < 2**(e + 1)."""
     return math.frexp(value)[1] - 1
+
+
+def _is_sink(x: np.ndarray, median: np.float32) -> bool:
+    energy = [float(value) ** 2 for value in x]
+    ratio = math.sqrt(math.fsum(energy)) / float(median) if median else math.inf * math.fsum(energy)
+    return ratio > 10 or (ratio > 2 and max(energy) > math.fsum(energy) / 2)
 
 
 def _norms(x: np.ndarray) -> list[list[np.float32]]:

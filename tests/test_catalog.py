@@ -19,6 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "concat_without_bos": {
         "corpus": {"bos": "never", "context_length": 24, "shard_tokens": 240},
         "masks": {"first_positions": 2, "positions": [5, 23]},
+        "model": "sinky",
         "ranking": {"score": "surprise"},
         "sampling": {"bands": 2, "per_band": 6, "low_activating": 2, "before": 5, "after": 0},
     },
@@ -77,8 +78,11 @@ class World:
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
-def world(request, tmp_path_factory, analyze_config) -> World:
-    config = analyze_config(tmp_path_factory.mktemp("runs"), **SETTINGS[request.param])
+def world(request, tmp_path_factory, analyze_config, sinky_dir) -> World:
+    settings = dict(SETTINGS[request.param])
+    if "model" in settings:
+        settings["model"] = {"id": str(sinky_dir)}
+    config = analyze_config(tmp_path_factory.mktemp("runs"), **settings)
     analysis = analyze(config, lambda line: None)
     assert analysis.failures == ()
     return World(config=config, catalog=analysis.catalog, twin=Twin(config))
@@ -169,6 +173,8 @@ def test_the_manifest_books_every_token_and_record(world):
         )
         unexplained = manifest["fraction_of_variance_unexplained"][f"{site.hook_point}/{site.sae}"]
         assert unexplained == pytest.approx(site.unexplained, rel=1e-5)
+    taken = [books["attention_sinks"] for books in coverage["tokens"].values()]
+    assert all(taken) if "sinky" in world.config.model.id else not any(taken)
     assert coverage["tokens_truncated"] == twin.tokens_truncated
     assert coverage["records_dropped"] == dict(twin.dropped) == {"empty": 1, "missing_column": 1, "not_json": 1}
     for name, counts in coverage["slices"].items():

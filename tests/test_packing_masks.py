@@ -160,6 +160,8 @@ def test_every_token_is_booked_under_the_first_rule_that_excludes_it(
         positions=sorted(positions),
     )
     rules = masks.with_rule(rules, outliers, "max_norm_ratio")
+    sinks = np.array(data.draw(st.lists(st.booleans(), min_size=B * T, max_size=B * T))).reshape(B, T)
+    rules = masks.with_rule(rules, sinks, "attention_sinks")
     tally = dict.fromkeys(("counted", *masks.RULES), 0)
     for row in range(B):
         for place in range(T):
@@ -169,6 +171,7 @@ def test_every_token_is_booked_under_the_first_rule_that_excludes_it(
                 "first_positions": place < first_positions,
                 "positions": place in positions,
                 "max_norm_ratio": outliers[row, place],
+                "attention_sinks": sinks[row, place],
             }
             rule = next((name for name in masks.RULES if excluded_by[name]), "counted")
             assert rules[row, place] == (masks.COUNTED if rule == "counted" else masks.RULES.index(rule))
@@ -194,6 +197,68 @@ def test_a_context_judges_its_norms_by_its_own_lower_median_whatever_batch_it_is
         assert found[row].tolist() == [norm > 2 * median for norm in norms] + [False] * (T - n)
         assert np.array_equal(masks.norm_outliers(x[row : row + 1], num_tokens[row : row + 1], 2.0)[0], found[row])
     assert np.array_equal(masks.norm_outliers(x[order], num_tokens[order], 2.0), found[order])
+
+
+def sinks_of(x: torch.Tensor, num_tokens: np.ndarray) -> np.ndarray:
+    return masks.attention_sinks(*masks.sizes(x), np.arange(x.shape[1]) < num_tokens[:, None])
+
+
+@law
+@given(
+    st.integers(0, 2**32 - 1),
+    st.lists(st.integers(1, T), min_size=B, max_size=B),
+    st.permutations(range(B)),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_a_sink_is_very_long_or_long_by_one_dimension_whatever_batch_it_is_in(
+    seed: int, lengths: list[int], order: list[int], dtype: torch.dtype
+) -> None:
+    num_tokens, rng = np.array(lengths), np.random.default_rng(seed)
+    # lengths and shares on both sides of the bounds, none so near to them that rounding decides
+    length = rng.choice([0.0, 1.0, 1.2, 1.9, 2.1, 3.0, 9.0, 11.0, 40.0], (B, T, 1))
+    share = rng.choice([0.1, 0.25, 0.4, 0.6, 0.95], (B, T, 1))
+    rest = np.sqrt((1 - share) / 9) * rng.choice([-1, 1], (B, T, 9))
+    x = torch.from_numpy(length * np.concatenate([rest[..., :4], -np.sqrt(share), rest[..., 4:]], axis=2)).to(dtype)
+    for row, n in enumerate(lengths):
+        x[row, n:] = (torch.nan, torch.inf, 0.0, 50.0)[row]  # what stands in the padding must not matter
+    found = sinks_of(x, num_tokens)
+    for row, n in enumerate(lengths):
+        median = sorted(length[row, :n, 0])[(n - 1) // 2]
+        expected = []
+        for (norm,), (one,) in zip(length[row, :n], share[row, :n], strict=True):
+            ratio = norm / median if median else np.inf * norm if norm else 0.0
+            expected.append(bool(ratio > 10 or (ratio > 2 and max(one, (1 - one) / 9) > 0.5)))
+        assert found[row].tolist() == expected + [False] * (T - n)
+        assert np.array_equal(sinks_of(x[row : row + 1, :n], num_tokens[row : row + 1])[0], found[row, :n])
+    assert np.array_equal(sinks_of(x[order], num_tokens[order]), found[order])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_there_are_no_sinks_where_no_token_stands_out(dtype: torch.dtype) -> None:
+    spike = torch.eye(8)[:1].expand(4, 6, 8).to(dtype)  # all energy in one dimension, and all tokens alike
+    for x in (torch.zeros(4, 6, 8, dtype=dtype), spike, 1e30 * spike, 1e-30 * spike):
+        assert not sinks_of(x, np.array([6, 1, 0, 2])).any()
+    assert not sinks_of(torch.full((1, 3, 2), 1e30), np.array([0])).any()
+
+
+def test_the_bounds_themselves_are_no_sinks() -> None:
+    x = torch.zeros(1, 5, 4)
+    x[0, :3, 0] = 1
+    x[0, 3, 0] = 10
+    assert sinks_of(x, np.array([5])).tolist() == [[False, False, False, True, False]]
+    x[0, 3] = torch.tensor([6.0, 6.0, 0.1, 0.0])  # over twice as long, just below half of the energy in a dimension
+    assert not sinks_of(x, np.array([5])).any()
+    x[0, 3] = torch.tensor([2.0, 0.0, 0.0, 0.0])  # twice as long, and no more
+    assert not sinks_of(x, np.array([5])).any()
+    x[0, 3] = torch.tensor([5.0, 5.0, 5.0, 5.0])  # ten times
+    assert not sinks_of(x, np.array([5])).any()
+
+
+def test_many_sinks_are_said_to_be_content() -> None:
+    books = dict.fromkeys(("counted", *masks.RULES), 0) | {"counted": 94, "attention_sinks": 5, "padding": 900}
+    assert masks.many_sinks(books | {"first_positions": 1}) == ""
+    assert masks.many_sinks(books).startswith("5.1% of the tokens look like attention sinks")
+    assert masks.many_sinks({"counted": 3}) == ""  # of receipts that are older than the rule
 
 
 def test_a_context_of_padding_alone_has_no_outliers() -> None:

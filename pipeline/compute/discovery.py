@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
+from pipeline.compute import masks
 from pipeline.compute import stats as statistics
 from pipeline.compute.codes import Codes
 from pipeline.compute.stats import FeatureStats
@@ -25,6 +26,12 @@ def norm_outliers(norm: Float64[np.ndarray, " T"], ratio: float) -> Bool[np.ndar
     """Tokens whose norm exceeds `ratio` times the (lower) median, as `masks.norm_outliers` for one sequence."""
     with np.errstate(over="ignore"):  # what exceeds infinity is none
         return np.asarray(norm > ratio * np.sort(norm)[(len(norm) - 1) // 2])
+
+
+def attention_sinks(norm: Float64[np.ndarray, " T"], peak: Float64[np.ndarray, " T"]) -> Bool[np.ndarray, " T"]:
+    """Tokens that `masks.attention_sinks` finds in one sequence."""
+    found: np.ndarray = masks.attention_sinks(norm[None], peak[None], np.ones((1, len(norm)), bool))[0]
+    return found
 
 
 def kept_tokens(weight: Float64[np.ndarray, " T"], allowed: Bool[np.ndarray, " T"], k: int) -> Bool[np.ndarray, " T"]:

@@ -110,8 +110,11 @@ class DiscoverRequest(Section):
     first_positions: int | None = Field(default=None, ge=0, le=1 << 20)
     """Keep none of this many tokens at the start; null: as the catalog's masks, 0 without one."""
     max_norm_ratio: float | None = Field(default=None, gt=1, allow_inf_nan=False)
-    """Keep no token whose activation norm exceeds this many times the median (attention sinks); null: as the
-    catalog's masks, none without one."""
+    """Keep no token whose activation norm exceeds this many times the median; null: as the catalog's masks, none
+    without one."""
+    attention_sinks: bool | None = None
+    """Keep no attention sink, as masks.attention_sinks of an analysis defines them; null: as the catalog's masks, true
+    without one."""
     return_top_x: int = Field(default=25, ge=1, le=1 << 17)
     """This many features of the ranking."""
     score_mode: Annotated[ScoreName, BeforeValidator(_one_name)] = "mean×coverage"

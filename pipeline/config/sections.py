@@ -108,7 +108,11 @@ class MasksConfig(Section):
     positions: tuple[int, ...] = ()
     """These positions of every context."""
     max_norm_ratio: float | None = Field(default=None, gt=1)
-    """Tokens whose activation norm exceeds this many times the median of their context (attention sinks)."""
+    """Tokens whose activation norm exceeds this many times the median of their context."""
+    attention_sinks: bool | None = None
+    """Attention sinks: tokens with a norm of more than 10 times the median of their context, or of more than 2 times
+    if one dimension holds over half of the energy. null: as the catalog's name was made, true for a new name (false
+    for one that is older than this key)."""
 
 
 class SamplingConfig(Section):

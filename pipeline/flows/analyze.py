@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.compute import masks
 from pipeline.config import AnalyzeConfig, ReportConfig
 from pipeline.errors import CensusError
 from pipeline.flows.attribute import write_logits
@@ -82,6 +83,9 @@ def _publish(
     began = time.monotonic()
     catalog, is_new = reduce(chosen, filling.voice, lambda draft, todo: _attribute(filling, draft, todo))
     filling.seconds["reduce"] = time.monotonic() - began - filling.seconds.get("logits", 0)
+    for point, books in catalog.manifest["coverage"]["tokens"].items():
+        if sentence := masks.many_sinks(books):
+            filling.voice.say(f"warning: {point}: {sentence}")
     return Analysis(
         catalog=catalog,
         is_new=is_new,

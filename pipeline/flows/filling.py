@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.config import AnalyzeConfig
 from pipeline.errors import CheckpointError, SourceError
-from pipeline.flows.identity import find_config_sources, identify
+from pipeline.flows.identity import find_config_sources, identify, settled
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device
 from pipeline.io.folders import PassedOver
@@ -57,8 +57,8 @@ class Filling:
         Raises:
             UserError: if parts do not belong together, or cannot be read.
         """
-        self.config = config
-        self.identity = identify(config)
+        self.config = settled(config)
+        self.identity = identify(self.config)
         self.blobs = LocalBlobs(config.store.root)
         self.run_id = new_run()
         self.voice = Voice(self.blobs, layout.events(self.run_id), say)

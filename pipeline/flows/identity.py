@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.config import AnalyzeConfig
 from pipeline.errors import ConfigError
 from pipeline.io import device, embedded
+from pipeline.io.blobs import LocalBlobs
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.io.corpus import Found, find_sources
 from pipeline.io.device import choose_device, choose_dtype
@@ -65,12 +66,31 @@ class Identity:
         return {plan.MIXED: [found[key] for key in sorted(found)]}
 
 
+def settled(config: AnalyzeConfig) -> AnalyzeConfig:
+    """The config with every mask decided: as the catalog's name was made, else by today's default.
+
+    Raises:
+        CorruptError: if what the name stands for cannot be read.
+    """
+    if config.masks.attention_sinks is not None:
+        return config
+    claimed = _claimed_masks(config)
+    sinks = True if claimed is None else bool(claimed.get("attention_sinks"))
+    return config.model_copy(update={"masks": config.masks.model_copy(update={"attention_sinks": sinks})})
+
+
+def _claimed_masks(config: AnalyzeConfig) -> dict[str, Any] | None:
+    claim = plan.claimed(LocalBlobs(config.store.root), config.catalog.name)
+    return None if claim is None else dict(claim.get("measure", {}).get("masks", {}))
+
+
 def identify(config: AnalyzeConfig) -> Identity:
     """Read model config, SAEs and tokenizer; check what can be checked without the model's weights.
 
     Raises:
         UserError: if they do not belong together, or cannot be read.
     """
+    config = settled(config)
     model = config.model
     chosen = choose_device(model.device)
     if config.cluster.mixed_numerics and model.dtype == "auto":
@@ -100,12 +120,16 @@ def identify(config: AnalyzeConfig) -> Identity:
     numerics = device.configure(config.cluster.threads_per_worker, chosen)
     dtype = str(choose_dtype(model.dtype, chosen)).removeprefix("torch.")
     about_model = {"digest": facts.digest, "family": facts.family, "dtype": dtype, "tokenizer": tokenizer.digest}
+    measure = plan.measure_fields(config, about_model, saes, numerics)
+    claimed = _claimed_masks(config)
+    if claimed is not None and "attention_sinks" not in claimed and not config.masks.attention_sinks:
+        del measure["masks"]["attention_sinks"]  # the name is older than this key, and so are its partials
     return Identity(
         facts=facts,
         saes=saes,
         numerics=numerics,
         preparation=preparation_fields(config.corpus, tokenizer, shard_tokens),
-        measure=plan.measure_fields(config, about_model, saes, numerics),
+        measure=measure,
         special_ids=tuple(tokenizer.special_ids),
     )
 

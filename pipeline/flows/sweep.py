@@ -22,6 +22,7 @@ from pipeline.errors import CensusError, ConfigError
 from pipeline.flows.analyze import Analysis, analyze
 from pipeline.flows.catalog import Catalog
 from pipeline.flows.filling import fill
+from pipeline.flows.identity import settled
 from pipeline.io.blobs import LocalBlobs
 from pipeline.steps.ledger import Ledger, SweepRun
 
@@ -140,6 +141,7 @@ def _run(name: str, entry: EntryConfig, config: AnalyzeConfig, now: datetime, sa
 def _fill_together(configs: Mapping[str, AnalyzeConfig], say: Callable[[str], None]) -> None:
     """Make the partials of all entries that differ in their SAEs alone with one forward pass for each batch of text."""
     groups: dict[str, list[str]] = {}
+    configs = {name: settled(config) for name, config in configs.items()}  # an older name keeps its masks
     for name, config in configs.items():
         groups.setdefault(config.model_dump_json(exclude=_NOT_SHARED), []).append(name)
     for names in groups.values():

@@ -239,4 +239,7 @@ class Ablator:
         counted: np.ndarray = rules == masks.COUNTED
         if chosen.max_norm_ratio is not None:
             counted &= ~masks.norm_outliers(x, num_tokens, chosen.max_norm_ratio)
+        if chosen.attention_sinks:
+            real = np.arange(x.shape[1]) < num_tokens[:, None]
+            counted &= ~masks.attention_sinks(*masks.sizes(x), real)
         return counted

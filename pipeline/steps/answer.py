@@ -19,8 +19,6 @@ from pipeline.steps.requests import Loaded
 from pipeline.steps.sequences import Sequence as Tokens
 from pipeline.types import STREAMS, SiteKey
 
-SINK_RATIO = 10.0
-"""A kept token this much longer than the median is worth a note."""
 WINDOW = (16, 8)
 """Tokens of a span before its peak, and from the peak on."""
 
@@ -49,8 +47,13 @@ class Answer:
         if self._masks.max_norm_ratio is not None:
             for point in points:
                 self._allowed &= ~discovery.norm_outliers(read.norms[point], self._masks.max_norm_ratio)
+        sinks = np.any([discovery.attention_sinks(read.norms[p], read.peaks[p]) for p in points], axis=0)
+        self._num_sinks = 0
+        if self._masks.attention_sinks:
+            self._num_sinks = int((self._allowed & sinks).sum())
+            self._allowed &= ~sinks
         self._kept = self._keep()
-        self._sinks = any((discovery.norm_outliers(read.norms[p], SINK_RATIO) & self._kept).any() for p in points)
+        self._kept_sinks = int((self._kept & sinks).sum())
         self._taus = {site: self._tau(site) for site in sites}
 
     def _keep(self) -> Bool[np.ndarray, " T"]:
@@ -182,6 +185,8 @@ class Answer:
             topk_tokens_per_seq=request.topk_tokens_per_seq,
             first_positions=self._masks.first_positions,
             max_norm_ratio=self._masks.max_norm_ratio,
+            attention_sinks=bool(self._masks.attention_sinks),
+            tokens_sinks=self._num_sinks,
             tau=self._tau_rule(),
             selectivity_background=subtracted,
             score_mode=request.score_mode,
@@ -211,10 +216,10 @@ class Answer:
         notes, request, backgrounds = [], self._request, self._loaded.backgrounds
         if not self._kept.any():
             notes.append("no token was kept: all are special tokens or masked")
-        if self._sinks:
+        if self._kept_sinks:
             notes.append(
-                f"a kept token is more than {SINK_RATIO:g} times as long as the median, which looks like an attention "
-                "sink; leave such tokens out with first_positions=1 or max_norm_ratio=10"
+                f"{self._kept_sinks} of the kept tokens look like attention sinks by their norms; leave such tokens "
+                "out with attention_sinks=true"
             )
         notes += self._gates(rankings)
         units = sorted({str(self._loaded.reader.loaded[site].unit) for site in self._sites})

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from pipeline.compute import masks
 from pipeline.compute.codes import Codes
 from pipeline.errors import ShardError
 from pipeline.io import generation
@@ -32,6 +33,8 @@ class Read:
     codes: dict[SiteKey, Codes]
     norms: dict[HookPoint, Float64[np.ndarray, " T"]]
     """Lengths of the activations."""
+    peaks: dict[HookPoint, Float64[np.ndarray, " T"]]
+    """The largest magnitude of a dimension of each."""
     entropy: Float64[np.ndarray, " T"] | None
 
 
@@ -60,12 +63,13 @@ class Codebook:
         of_site = {s: [tokens, str(s.hook_point), self._reader.loaded[s].digest] for s in sites}
         points = sorted({site.hook_point for site in sites})
         found = {site: self._cache.get([*key, "codes"]) for site, key in of_site.items()}
-        known = {point: self._cache.get([tokens, str(point), "norms"]) for point in points}
+        known = {point: self._cache.get([tokens, str(point), "sizes"]) for point in points}
         surprise = self._cache.get([tokens, "entropy"]) if entropy else {"entropy": np.zeros(0)}
         if all(x is not None for x in (*found.values(), *known.values(), surprise)):
             return Read(
                 codes={site: Codes(**arrays) for site, arrays in found.items() if arrays},
                 norms={point: arrays["norm"] for point, arrays in known.items() if arrays},
+                peaks={point: arrays["peak"] for point, arrays in known.items() if arrays},
                 entropy=surprise["entropy"] if entropy and surprise else None,
             )
         kept = {point: self._cache.get([tokens, str(point), "activations"]) for point in points}
@@ -84,7 +88,7 @@ class Codebook:
                 [*key, "codes"], {name: getattr(codes, name) for name in ("feature", "row", "position", "value")}
             )
         for point, norm in read.norms.items():
-            self._cache.put([tokens, str(point), "norms"], {"norm": norm})
+            self._cache.put([tokens, str(point), "sizes"], {"norm": norm, "peak": read.peaks[point]})
         if read.entropy is not None:
             self._cache.put([tokens, "entropy"], {"entropy": read.entropy})
         return read
@@ -122,14 +126,14 @@ class Codebook:
         got: dict[HookPoint, Tensor],
         entropies: Float[Tensor, "B T"] | None,
     ) -> Iterator[Read | ShardError]:
-        norms = {point: x.float().norm(dim=2).cpu().double().numpy() for point, x in got.items()}
+        sizes = {point: masks.sizes(x) for point, x in got.items()}
         with torch.inference_mode():
             codes = {site: _by_row(self._reader.saes[site].encode(got[site.hook_point]), rows) for site in sites}
         for row, ids in enumerate(rows):
             numbers = [split[row].value for split in codes.values()]
             if entropies is not None:
                 numbers.append(entropies[row, : len(ids)].numpy())
-            broken = [str(p) for p, norm in norms.items() if not np.isfinite(norm[row, : len(ids)]).all()]
+            broken = [str(p) for p, (norm, _) in sizes.items() if not np.isfinite(norm[row, : len(ids)]).all()]
             if broken:
                 yield ShardError(f"activations at {', '.join(broken)} are NaN or infinite; try another dtype")
                 continue
@@ -138,7 +142,8 @@ class Codebook:
                 continue
             yield Read(
                 codes={site: split[row] for site, split in codes.items()},
-                norms={point: norm[row, : len(ids)] for point, norm in norms.items()},
+                norms={point: norm[row, : len(ids)] for point, (norm, _) in sizes.items()},
+                peaks={point: peak[row, : len(ids)] for point, (_, peak) in sizes.items()},
                 entropy=None if entropies is None else entropies[row, : len(ids)].double().numpy(),
             )
 

@@ -27,6 +27,8 @@ FORMAT = 3
 """Raise it when the arrays of a partial change."""
 MIXED = "mixed"
 """The numerics of a measure whose shards may come from machines that compute other bits."""
+_ABSENT = {"measure.masks.attention_sinks": False}
+"""What fields mean that an older identity lacks."""
 _SAMPLE_BYTES = 22
 """Stored bytes of a kept sample with the codes of its context, measured on the embedded SAEs."""
 
@@ -48,7 +50,7 @@ def measure_fields(
     """Everything but the text that decides the bytes of partials, for all SAEs of a run.
 
     Args:
-        config: of the job.
+        config: of the job, its masks settled.
         model: identity of the weights: digest, family, dtype.
         saes: by site.
         numerics: as from `io.device.configure`.
@@ -102,14 +104,10 @@ def check_claim(blobs: LocalBlobs, name: str, fields: dict[str, Any]) -> None:
     Raises:
         IdentityError: naming every field that differs.
     """
-    key = layout.identity(name)
-    if not blobs.exists(key):
+    claim = claimed(blobs, name)
+    if claim is None:
         return
-    try:
-        claimed = dict(json.loads(blobs.get(key)))
-    except (ValueError, TypeError) as error:
-        raise CorruptError(f"{blobs.path(key)} is damaged: remove it and run jobs.analyze as for {name!r}") from error
-    found = differences(claimed, json.loads(canonical(fields)))
+    found = differences(claim, json.loads(canonical(fields)))
     if found:
         what = "; ".join(f"{k} was {there!r}, now {here!r}" for k, (there, here) in found.items())
         raise IdentityError(
@@ -118,9 +116,24 @@ def check_claim(blobs: LocalBlobs, name: str, fields: dict[str, Any]) -> None:
         )
 
 
+def claimed(blobs: LocalBlobs, name: str) -> dict[str, Any] | None:
+    """The fields that a catalog's name stands for; None if it is free.
+
+    Raises:
+        CorruptError: if they cannot be read.
+    """
+    key = layout.identity(name)
+    if not blobs.exists(key):
+        return None
+    try:
+        return dict(json.loads(blobs.get(key)))
+    except (ValueError, TypeError) as error:
+        raise CorruptError(f"{blobs.path(key)} is damaged: remove it and run jobs.analyze as for {name!r}") from error
+
+
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The fields that differ between two identities, by their dotted names; None where a side lacks one."""
-    one, other = _flat(dict(a)), _flat(dict(b))
+    one, other = _ABSENT | _flat(dict(a)), _ABSENT | _flat(dict(b))
     return {k: (one.get(k), other.get(k)) for k in sorted(one.keys() | other.keys()) if one.get(k) != other.get(k)}
 
 

@@ -4,6 +4,7 @@ A few thousand real tokens show how much variance the reconstruction misses, how
 how large reconstructions are beside activations. One such look catches nearly every wrong pairing.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -18,7 +19,7 @@ from pipeline.io.checkpoints import LoadedSae
 from pipeline.records import ShardRecord
 from pipeline.steps.demands import WRITTEN, Complaint, Run, demands
 from pipeline.steps.shard import Analyzer
-from pipeline.types import SiteKey
+from pipeline.types import HookPoint, SiteKey
 
 POOR_FVU, HOPELESS_FVU = 0.5, 1.0
 MANY_NEGATIVE = 0.01
@@ -75,6 +76,8 @@ class Fit:
     """Median length of an activation."""
     norm_ratio: float
     """Median of (length of the reconstruction) / (length of the activation)."""
+    tokens: dict[str, int]
+    """The books of its hook point: how many count, and how many each rule excluded."""
     others: tuple[OtherFit, ...] = ()
     """How it would fit if activations entered otherwise."""
 
@@ -98,8 +101,11 @@ def measure(analyzer: Analyzer, probe: FitProbe) -> list[Fit]:
     made: dict[SiteKey, list[torch.Tensor]] = {key: [] for key in analyzer.saes}
     fired = {key: np.zeros(sae.num_features, bool) for key, sae in analyzer.saes.items()}
     num_codes, num_negative = dict.fromkeys(analyzer.saes, 0), dict.fromkeys(analyzer.saes, 0)
+    tokens: dict[HookPoint, Counter[str]] = {point: Counter() for point in analyzer.points}
     for batch in analyzer.batches(_first_contexts(analyzer, probe)):
         got, books = analyzer.activations(batch)
+        for point in analyzer.points:
+            tokens[point].update(masks.tally(books[point]))
         for key, sae in analyzer.saes.items():
             x, counted = got[key.hook_point], books[key.hook_point] == masks.COUNTED
             with torch.inference_mode():
@@ -122,6 +128,7 @@ def measure(analyzer: Analyzer, probe: FitProbe) -> list[Fit]:
             num_negative=num_negative[key],
             dead_share=float(1 - fired[key].mean()),
             others=_others(key, sae, torch.cat(xs[key])),
+            tokens=dict(tokens[key.hook_point]),
         )
         for key, sae in analyzer.saes.items()
     ]
@@ -149,10 +156,21 @@ def _fit(
     num_negative: int,
     dead_share: float,
     others: tuple[OtherFit, ...],
+    tokens: dict[str, int],
 ) -> Fit:
     if not len(x):
         nan = float("nan")
-        return Fit(site=site, num_tokens=0, fvu=nan, l0=nan, num_negative=0, dead_share=1, norm=nan, norm_ratio=nan)
+        return Fit(
+            site=site,
+            num_tokens=0,
+            fvu=nan,
+            l0=nan,
+            num_negative=0,
+            dead_share=1,
+            norm=nan,
+            norm_ratio=nan,
+            tokens=tokens,
+        )
     norm = x.norm(dim=1)
     variance = (x - x.mean(dim=0)).square().sum()
     return Fit(
@@ -165,15 +183,17 @@ def _fit(
         norm=float(norm.median()),
         norm_ratio=float((y.norm(dim=1) / norm.clamp(min=1e-30)).median()),
         others=others,
+        tokens=tokens,
     )
 
 
 def describe(fit: Fit) -> str:
     """One line for people."""
     negative = f", {fit.num_negative} negative codes passed over" if fit.num_negative else ""
+    sinks = f", {fit.tokens['attention_sinks']} attention sinks left out" if fit.tokens["attention_sinks"] else ""
     return (
         f"{fit.site}: FVU {fit.fvu:.3f}, L0 {fit.l0:.1f}{negative}, silent on this sample {fit.dead_share:.1%}, "
-        f"|x| {fit.norm:.4g}, |reconstruction| / |x| {fit.norm_ratio:.2f} ({fit.num_tokens} tokens)"
+        f"|x| {fit.norm:.4g}, |reconstruction| / |x| {fit.norm_ratio:.2f} ({fit.num_tokens} tokens{sinks})"
     )
 
 
@@ -192,6 +212,8 @@ def complaints(fits: Sequence[Fit], saes: Mapping[SiteKey, LoadedSae], run: Run)
         if other and run.can_be_centred and "center_writing_weights" not in said and other.is_better:
             text = f"{fit.site}: {other}; if it was trained on centred writing weights, {CENTRED} would match"
             found.append(Complaint(text=text, is_error=False))
+    by_point = {fit.site.hook_point: masks.many_sinks(fit.tokens) for fit in fits}
+    found += [Complaint(text=f"{point}: {text}", is_error=False) for point, text in by_point.items() if text]
     return found + demands(saes, run)
 
 

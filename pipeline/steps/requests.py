@@ -30,8 +30,9 @@ class Loaded:
 
     def masks(self, request: DiscoverRequest) -> MasksConfig:
         """Which tokens a request can keep: special ones never, for the rest it goes before the catalog."""
-        base = MasksConfig() if self.backgrounds is None else self.backgrounds.masks
-        chosen = {"first_positions": request.first_positions, "max_norm_ratio": request.max_norm_ratio}
+        base = MasksConfig(attention_sinks=True) if self.backgrounds is None else self.backgrounds.masks
+        names = ("first_positions", "max_norm_ratio", "attention_sinks")
+        chosen = {name: getattr(request, name) for name in names}
         return base.model_copy(update={"special_tokens": True} | {k: v for k, v in chosen.items() if v is not None})
 
 

@@ -166,6 +166,10 @@ class Analyzer:
             if chosen.max_norm_ratio is not None:
                 outliers = masks.norm_outliers(x, batch.num_tokens, chosen.max_norm_ratio)
                 books[point] = masks.with_rule(rules, outliers, "max_norm_ratio")
+            if chosen.attention_sinks:
+                real = np.arange(x.shape[1]) < batch.num_tokens[:, None]
+                sinks = masks.attention_sinks(*masks.sizes(x), real)
+                books[point] = masks.with_rule(books[point], sinks, "attention_sinks")
         return got, books
 
     def _check_finite(self, point: HookPoint, x: Tensor, batch: Batch) -> None:

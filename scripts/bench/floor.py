@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import AnalyzeConfig
-from pipeline.flows.identity import find_config_sources, identify
+from pipeline.flows.identity import find_config_sources, identify, settled
 from pipeline.io import device
 from pipeline.io.model import LanguageModel
 from pipeline.steps.prepare import Preparer, PrepareSettings
@@ -40,6 +40,7 @@ def config_of(root: str, dtype: str, tokens: int) -> AnalyzeConfig:
 
 def census(config: AnalyzeConfig) -> tuple[int, float]:
     """Tokens and seconds of a whole shard."""
+    config = settled(config)
     identity = identify(config)
     settings = PrepareSettings(
         root=config.store.root,

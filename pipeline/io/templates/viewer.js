@@ -183,7 +183,7 @@ const label = (own, proto) => (own !== null ? el("strong", {}, isolated(own)) : 
 
 const terms = (pairs) => el("dl", {}, pairs.filter(Boolean).map(([name, value, meaning]) =>
   [el("dt", { title: meaning || null }, name), el("dd", { title: null }, value)]));
-const RULES = { padding: "padding", special_tokens: "special tokens", first_positions: "first positions", positions: "chosen positions", max_norm_ratio: "outlier norms" };
+const RULES = { padding: "padding", special_tokens: "special tokens", first_positions: "first positions", positions: "chosen positions", max_norm_ratio: "outlier norms", attention_sinks: "attention sinks" };
 
 function about() {
   const total = facts.slices.reduce((sum, one) => sum + one[1], 0), weights = new Map(facts.weights);
@@ -192,6 +192,7 @@ function about() {
     facts.masks.first_positions && `the first ${facts.masks.first_positions === 1 ? "position" : facts.masks.first_positions + " positions"} of a context`,
     facts.masks.positions.length && `positions ${facts.masks.positions.join(", ")}`,
     facts.masks.max_norm_ratio && `tokens with more than ${facts.masks.max_norm_ratio} × the median norm`,
+    facts.masks.attention_sinks && "attention sinks",
   ].filter(Boolean).join("; ");
   return el("details", { open: innerWidth > 640 },
     el("summary", {}, el("h2", {}, "Catalog")),
