@@ -10,25 +10,34 @@ from pipeline.io.checkpoints import LoadedSae, load_sae
 from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.model import LanguageModel
 from pipeline.io.tokenizer import Tokenizer
-from pipeline.types import HookPoint, SiteKey
+from pipeline.types import HookPoint, SiteKey, wrong_with_name
 
 
 def load_saes(chosen: Sequence[SaeConfig]) -> dict[SiteKey, LoadedSae]:
     """The SAEs of a config by site, sorted by site.
 
     Raises:
-        ConfigError: if two have the same name at the same hook point.
+        ConfigError: if two have the same name at the same hook point, or one has a name that no key can hold.
     """
     found: dict[SiteKey, LoadedSae] = {}
+    for one in chosen:
+        if one.name is not None:
+            _check_readable(one.name)
     for one in chosen:
         loaded = load_sae(
             one.path, hook_point=one.hook_point, format_name=one.format, name=one.name, revision=one.revision, k=one.k
         )
+        _check_readable(loaded.name)
         key = SiteKey(loaded.hook_point, loaded.name)
         if key in found:
             raise ConfigError(f"two SAEs are called {key.sae} at {key.hook_point}; give one another saes[].name")
         found[key] = loaded
     return dict(sorted(found.items(), key=lambda item: (str(item[0].hook_point), item[0].sae)))
+
+
+def _check_readable(name: str) -> None:
+    if not name or "/" in name or not name.isprintable() or name in (".", ".."):
+        raise ConfigError(f"saes[].name is {name!r:.80}, which no key can hold: {wrong_with_name(name)}")
 
 
 class Reader:
