@@ -5,6 +5,7 @@ K samples, W window, H bins, S shards, V vocabulary.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -26,6 +27,33 @@ _HOOK_NAMES: dict[Stream, str] = {
 _STREAM_OF = {name: stream for stream, name in _HOOK_NAMES.items()}
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _MODULE = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)(?:\.(output|input))?")
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_RESERVED = ("identity.json", "latest.json", "manifest.json", "reserved.json", "zarr.json", "attached", "ablations")
+"""What a store itself calls files and folders."""
+
+
+def wrong_with_name(name: str) -> str | None:
+    """What keeps a name from being that of a catalog, an SAE, a slice or an entry of a sweep; None if nothing does.
+
+    One pattern for all of them, because they become folders, keys and parts of addresses: up to 200 letters and digits
+    of ASCII, dots, dashes and underscores, the first a letter or digit.
+    """
+    if name.lower() in _RESERVED:
+        return "the store itself uses this name; choose another"
+    if _NAME.fullmatch(name):
+        return None
+    return "expected up to 200 letters (A to Z), digits, dots, dashes and underscores, the first a letter or digit"
+
+
+def twins(names: Iterable[str]) -> tuple[str, str] | None:
+    """Two different names that differ by case only: many file systems take them for one. None if there are none."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if seen.setdefault(name.casefold(), name) != name:
+            return seen[name.casefold()], name
+    return None
 
 
 @dataclass(frozen=True, slots=True, order=True)

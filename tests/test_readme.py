@@ -18,7 +18,9 @@ HOME = "runs/catalogs/demo/000001"
 
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory: pytest.TempPathFactory, analyze_config: Callable[..., Any]) -> Catalog:
-    return analyze(analyze_config(tmp_path_factory.mktemp("readme"), catalog={"name": "demo"})).catalog
+    # readers that see a column in a folder named key=value would read these instead of the table's own
+    root = tmp_path_factory.mktemp("readme") / "layer=12" / "sae=x" / "feature_id=7"
+    return analyze(analyze_config(root, catalog={"name": "demo"})).catalog
 
 
 def blocks(language: str) -> list[str]:
@@ -32,7 +34,15 @@ def test_every_query_runs(query: str, catalog: Catalog) -> None:
     assert HOME in query
     query = query.replace(HOME, str(catalog.folder))
     query = query.replace("'resid_post_15'", "'late'").replace("'code'", "'notes'")
-    assert duckdb.sql(query).fetchall()
+    rows = duckdb.sql(query).fetchall()
+    assert rows
+    assert not any("x" in row for row in rows), "no folder is a column"
+
+
+def test_every_query_on_paper_takes_no_folder_for_a_column() -> None:
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for query in re.findall(r"```sql\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+            assert query.count(".parquet'") == query.count("hive_partitioning=false"), page.name
 
 
 def test_the_python_lines_run(catalog: Catalog) -> None:

@@ -2,13 +2,14 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 
 from pipeline.config.sections import (
     EMBEDDED_SAES,
     ClusterConfig,
     LogitsConfig,
     ModelConfig,
+    Name,
     SaeConfig,
     Section,
     StoreConfig,
@@ -18,7 +19,7 @@ from pipeline.config.sections import (
 class AttributedCatalog(Section):
     """The catalog that gets the logits."""
 
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name | None = None
     """Its folder under <root>/catalogs; null: the tables are written to `out`."""
 
 

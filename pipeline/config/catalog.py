@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from pipeline.config.compare import TestedSection
-from pipeline.config.sections import CatalogConfig, ClusterConfig, StoreConfig
+from pipeline.config.sections import CatalogConfig, ClusterConfig, Name, StoreConfig
 
 _KEYS_OF = {
     "build": {"also", "slices", "drop", "since", "until", "weights", "into"},
@@ -38,7 +38,7 @@ class SnapshotsConfig(TestedSection):
     """build: only shards that were analysed before this time."""
     weights: dict[str, Annotated[int, Field(ge=1, le=1_000_000)]] = Field(default={})
     """build: how often a slice counts in the statistics of the whole, by its exact name; 1 where none is said."""
-    into: str | None = Field(default=None, pattern=CatalogConfig.model_fields["name"].metadata[0].pattern)
+    into: Name | None = None
     """build: the catalog that gets the snapshot."""
     against: PositiveInt | None = None
     """diff: the earlier snapshot; null: the one before."""

@@ -2,9 +2,30 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    model_validator,
+)
+
+from pipeline.types import wrong_with_name
 
 Source = str | tuple[str, ...]
+
+
+def _named(name: str) -> str:
+    if reason := wrong_with_name(name):
+        raise ValueError(reason)
+    return name
+
+
+Name = Annotated[str, AfterValidator(_named)]
+"""As `wrong_with_name` has it."""
 
 
 class Section(BaseModel):
@@ -45,7 +66,8 @@ class SaeConfig(Section):
     format: str | None = None
     """A known checkpoint format; detected if null."""
     name: str | None = None
-    """Its name in the catalog; defaults to the last part of the path that is not a file."""
+    """Its name in the catalog: letters, digits, dots, dashes and underscores. Defaults to the last part of the path
+    that is not a file."""
     revision: str | None = None
     """Commit, tag or branch of a hub id."""
     k: PositiveInt | None = None
@@ -270,7 +292,7 @@ class StoreConfig(Section):
 class CatalogConfig(Section):
     """What readers will find."""
 
-    name: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name = "default"
     """Its folder under <root>/catalogs."""
 
 

@@ -9,6 +9,7 @@ from cronsim import CronSim, CronSimError
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.sections import Section, StoreConfig
+from pipeline.types import twins, wrong_with_name
 
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 Statistic = Literal["rank_correlation", "overlap_100", "dead_share_change", "frequency_shift", "fvu_change"]
@@ -92,9 +93,11 @@ class SweepConfig(Section):
 
     @model_validator(mode="after")
     def _known(self) -> "SweepConfig":
-        bad = [name for name in self.entries if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)]
-        if bad:
-            raise ValueError(f"entry {bad[0]!r}: expected a name of letters, digits, dots, dashes")
+        for name in self.entries:
+            if reason := wrong_with_name(name):
+                raise ValueError(f"entry {name!r:.80}: {reason}")
+        if same := twins(self.entries):
+            raise ValueError(f"entries {same[0]!r} and {same[1]!r} differ by case only; give one another name")
         missing = [name for name in self.only if name not in self.entries]
         if missing and self.file is None:
             raise ValueError(f"only names {missing[0]!r}; there are {', '.join(self.entries) or 'no entries'}")

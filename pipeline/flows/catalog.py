@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.io import store, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import ShardRecord
-from pipeline.steps import finding, layout, plan, publish
+from pipeline.steps import entries, finding, layout, plan, publish
 from pipeline.steps.logits import LOGITS, MOMENTS
 from pipeline.steps.reader import load_saes
 from pipeline.steps.stored_codes import StoredCodes, coactive
@@ -21,8 +21,7 @@ from pipeline.types import HookPoint, SiteKey
 
 def catalog_names(root: str | Path) -> list[str]:
     """The catalogs of a store, sorted."""
-    found = LocalBlobs(root).path("catalogs").glob("*/[0-9]*/manifest.json")
-    return sorted({path.parent.parent.name for path in found})
+    return entries.catalogs(LocalBlobs(root).root)
 
 
 class Catalog:
@@ -35,7 +34,10 @@ class Catalog:
             ConfigError: if there is none.
         """
         self._blobs = blobs = LocalBlobs(root)
-        numbers = publish.snapshots(blobs, name)
+        is_plain = (
+            name not in ("", "..") and name == Path(name).name and name.isprintable()
+        )  # a path is no name, whatever lies there
+        numbers = publish.snapshots(blobs, name) if is_plain else []
         if not numbers or (snapshot is not None and snapshot not in numbers):
             raise ConfigError(
                 f"there is no catalog {name!r}{f' with snapshot {snapshot}' if snapshot else ''} in {blobs.root}; "

@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError, CorruptError, IdentityError
 from pipeline.flows.catalog import Catalog
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import Node, Receipt, ShardRecord
-from pipeline.steps import layout, plan, tree
+from pipeline.steps import entries, layout, plan, tree
 from pipeline.steps.cluster import connected, run_tasks
 from pipeline.steps.merger import Merger, NodeTask
 from pipeline.steps.outcomes import result_of
@@ -230,7 +230,9 @@ class _Run:
         receipts = plan.all_receipts(self._blobs, measure.measure_id)
         keep = {receipt.partial.key for receipt in receipts if receipt.shard.shard_id not in stood_for}
         keep |= {node.merged.key for node in measure.nodes if node not in inner}
-        pruned = [key for key in self._blobs.list(layout.partials(measure.measure_id)) if key not in keep]
+        folder = layout.partials(measure.measure_id)
+        there = [f"{folder}/{name}" for name in entries.named(self._blobs.path(folder), entries.PARTIAL)]
+        pruned = [key for key in there if key not in keep]
         for key in pruned:
             self._blobs.delete(key)
         return len(pruned)

@@ -14,12 +14,12 @@ from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.hooks import check_point
 from pipeline.io.model import ModelFacts
 from pipeline.records import Receipt, canonical, digest_of
-from pipeline.steps import plan
+from pipeline.steps import layout, plan
 from pipeline.steps.logits import check_request
 from pipeline.steps.parts import Provenance, facts_of, tokenizer_of
 from pipeline.steps.prepare import preparation_fields, read_settings
 from pipeline.steps.reader import load_saes
-from pipeline.types import SiteKey
+from pipeline.types import SiteKey, twins, wrong_with_name
 
 _CHARS_PER_TOKEN = 3.6
 """Of the embedded texts, about."""
@@ -90,6 +90,9 @@ def identify(config: AnalyzeConfig) -> Identity:
     Raises:
         UserError: if they do not belong together, or cannot be read.
     """
+    is_new = not LocalBlobs(config.store.root).exists(layout.identity(config.catalog.name))
+    if is_new:
+        _check_names(config)
     config = settled(config)
     model = config.model
     chosen = choose_device(model.device)
@@ -100,6 +103,8 @@ def identify(config: AnalyzeConfig) -> Identity:
         )
     facts = facts_of(model)
     saes = load_saes(config.saes)
+    if is_new:
+        _check_site_names(saes)
     for key, loaded in saes.items():
         check_point(key.hook_point, facts.taps, facts.num_layers)
         if key.hook_point.stream.startswith("resid") and loaded.sae.width != facts.d_model:
@@ -132,6 +137,42 @@ def identify(config: AnalyzeConfig) -> Identity:
         measure=measure,
         special_ids=tuple(tokenizer.special_ids),
     )
+
+
+def _check_names(config: AnalyzeConfig) -> None:
+    """Names of a new catalog, before any work; those of a catalog that is there already stay what they are."""
+    name, source = config.catalog.name, config.corpus.source
+    slices = list(source) if isinstance(source, dict) else []
+    given = [("saes[].name", one.name) for one in config.saes if one.name is not None]
+    for key, value in (*given, *(("a slice of corpus.source", one) for one in slices)):
+        if reason := wrong_with_name(value):
+            raise ConfigError(f"{key} is {value!r:.80}: {reason}")
+    if same := twins(slices):
+        raise ConfigError(f"slices {same[0]!r} and {same[1]!r} differ by case only; give one another name")
+    folder = LocalBlobs(config.store.root).path(layout.catalogs())
+    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if same := twins([*(one for one in there if one.casefold() == name.casefold()), name]):
+        raise ConfigError(
+            f"catalog.name is {name!r}, and {config.store.root} has a catalog {same[0]!r}, which differs by case only; "
+            "choose another name"
+        )
+
+
+def _check_site_names(saes: Iterable[SiteKey]) -> None:
+    """The names that SAEs have of their folders, as `_check_names`."""
+    sites = list(saes)
+    for site in sites:
+        if reason := wrong_with_name(site.sae):
+            raise ConfigError(
+                f"the SAE at {site.hook_point} would be called {site.sae!r:.80}, as its folder is: {reason}; give it a "
+                "saes[].name"
+            )
+    for point in {site.hook_point for site in sites}:
+        if same := twins(site.sae for site in sites if site.hook_point == point):
+            raise ConfigError(
+                f"two SAEs at {point} are called {same[0]!r} and {same[1]!r}, which differ by case only; give one "
+                "another saes[].name"
+            )
 
 
 def find_config_sources(config: AnalyzeConfig) -> Found:

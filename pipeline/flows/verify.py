@@ -9,7 +9,7 @@ from pipeline.config import AnalyzeConfig, SaeConfig, VerifyConfig
 from pipeline.errors import CensusError, ConfigError, CorruptError
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import Receipt
-from pipeline.steps import plan, tree
+from pipeline.steps import entries, layout, plan, publish, tree
 from pipeline.steps.parts import Provenance
 from pipeline.steps.prepare import stored_shard_id
 from pipeline.steps.reader import load_saes
@@ -53,10 +53,15 @@ def verify(config: VerifyConfig) -> Verdict:
     return Verdict(num_checked=num_checked, num_recomputed=num_recomputed, wrong=tuple(wrong), mixed=tuple(mixed))
 
 
+def _keys(blobs: LocalBlobs, parent: str, kind: str, pattern: str) -> Iterator[str]:
+    """What runs wrote into the folders of one kind, sorted."""
+    for owner in entries.named(blobs.path(parent), entries.ID):
+        folder = f"{parent}/{owner}/{kind}"
+        yield from (f"{folder}/{name}" for name in entries.named(blobs.path(folder), pattern))
+
+
 def _shards(blobs: LocalBlobs) -> Iterator[str]:
-    for key in blobs.list("corpora"):
-        if not key.endswith(".parquet"):
-            continue
+    for key in _keys(blobs, "corpora", "shards", entries.SHARD):
         try:
             sound = stored_shard_id(blobs.path(key)) == key.rsplit("/", 1)[-1].removesuffix(".parquet")
         except CorruptError:
@@ -65,9 +70,7 @@ def _shards(blobs: LocalBlobs) -> Iterator[str]:
 
 
 def _nodes(blobs: LocalBlobs) -> Iterator[str]:
-    for key in blobs.list("measures"):
-        if "/nodes/" not in key:
-            continue
+    for key in _keys(blobs, "measures", "nodes", entries.RECORD):
         node = tree.read_node(blobs, key)
         if node is None:
             yield f"{key} cannot be trusted: remove it and compact again"
@@ -82,9 +85,7 @@ def _nodes(blobs: LocalBlobs) -> Iterator[str]:
 
 def _receipts(blobs: LocalBlobs) -> Iterator[str]:
     covered: dict[str, set[str]] = {}
-    for key in blobs.list("measures"):
-        if "/receipts/" not in key:
-            continue
+    for key in _keys(blobs, "measures", "receipts", entries.RECORD):
         measure_id = key.split("/")[1]
         if measure_id not in covered:
             covered[measure_id] = tree.Nodes(blobs, measure_id).shards
@@ -101,21 +102,21 @@ def _receipts(blobs: LocalBlobs) -> Iterator[str]:
 
 
 def _snapshots(blobs: LocalBlobs) -> Iterator[str]:
-    for key in blobs.list("catalogs"):
-        if not key.endswith("/manifest.json") or ".zarr/" in key:
-            continue
-        folder = key.removesuffix("manifest.json")
+    catalogs = entries.catalogs(blobs.root)
+    for catalog, number in ((one, number) for one in catalogs for number in publish.snapshots(blobs, one)):
+        folder = layout.snapshot(catalog, number, "")
+        key = f"{folder}manifest.json"
         try:
             files = json.loads(blobs.get(key))["files"]
         except (ValueError, KeyError):
             yield f"{key} is damaged: publish again with jobs.analyze"
             continue
-        for name, facts in files.items():
+        for file, facts in files.items():
             try:
-                sound = blobs.digest(folder + name) == facts["sha256"]
+                sound = blobs.digest(folder + file) == facts["sha256"]
             except CorruptError:
                 sound = False
-            yield "" if sound else f"{folder}{name} is damaged: remove the folder and run jobs.analyze again"
+            yield "" if sound else f"{folder}{file} is damaged: remove the folder and run jobs.analyze again"
 
 
 def _recompute(blobs: LocalBlobs, config: VerifyConfig, mixed: list[str]) -> Iterator[str]:
@@ -123,8 +124,10 @@ def _recompute(blobs: LocalBlobs, config: VerifyConfig, mixed: list[str]) -> Ite
 
     Of a mixed measure, only those of machines that compute as this one does: others go into `mixed`, as a number.
     """
-    for manifest in sorted(blobs.path("measures").glob("*/manifest.json")):
-        measure_id = manifest.parent.name
+    for measure_id in entries.named(blobs.path("measures"), entries.ID):
+        manifest = blobs.path(layout.measure(measure_id))
+        if not manifest.is_file():
+            continue
         receipts = plan.all_receipts(blobs, measure_id)
         receipts.sort(key=lambda r: hashlib.sha256(f"{config.seed}{r.shard.shard_id}".encode()).digest())
         try:

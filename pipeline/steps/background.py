@@ -17,6 +17,7 @@ from pipeline.config import MasksConfig
 from pipeline.errors import ConfigError, CorruptError
 from pipeline.io import json_lines, store, tables
 from pipeline.io.checkpoints import LoadedSae
+from pipeline.steps import entries
 from pipeline.types import SiteKey
 
 LabelSource = Literal["table", "catalog", "proto"]
@@ -67,10 +68,10 @@ def snapshot_folder(path: str) -> Path:
     folder = Path(path).expanduser()
     if (folder / "manifest.json").is_file():
         return folder
-    numbers = sorted(int(p.parent.name) for p in folder.glob("[0-9]*/manifest.json"))
+    numbers = entries.snapshots(folder)
     if not numbers:
         raise ConfigError(f"there is no catalog at {path}; expected the folder <store.root>/catalogs/<catalog.name>")
-    return next(p for p in folder.iterdir() if p.name.isdigit() and int(p.name) == numbers[-1])
+    return folder / f"{numbers[-1]:06d}"
 
 
 def load_backgrounds(path: str, saes: Mapping[SiteKey, LoadedSae]) -> Backgrounds:

@@ -76,9 +76,14 @@ def run_plan(run_id: str) -> str:
     return f"plans/{run_id}.json"
 
 
+def catalogs() -> str:
+    """The folder of all catalogs."""
+    return "catalogs"
+
+
 def catalog(name: str) -> str:
     """The folder of a catalog."""
-    return f"catalogs/{name}"
+    return f"{catalogs()}/{name}"
 
 
 def identity(name: str) -> str:

@@ -12,6 +12,7 @@ from pipeline.errors import CorruptError
 from pipeline.io import schemas, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import canonical
+from pipeline.steps import entries
 
 Status = Literal["done", "unchanged", "partly", "failed"]
 
@@ -43,8 +44,13 @@ class Ledger:
 
     def runs(self, entry: str | None = None) -> list[SweepRun]:
         """All runs, or those of one entry, by start."""
-        folder = "sweeps/runs" if entry is None else f"sweeps/runs/{entry}"
-        found = [self._read(key) for key in self._blobs.list(folder)]
+        folder = self._blobs.path("sweeps/runs")
+        swept = entries.named(folder, entries.ENTRY) if entry is None else [entry]
+        found = [
+            self._read(f"sweeps/runs/{one}/{name}")
+            for one in swept
+            for name in entries.named(folder / one, entries.SWEPT)
+        ]
         return sorted(found, key=lambda run: (run.started_at, run.entry))
 
     def _read(self, key: str) -> SweepRun:

@@ -19,7 +19,7 @@ from pipeline.errors import CorruptError, IdentityError
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.records import Receipt, ShardRecord, canonical, digest_of
-from pipeline.steps import layout, tree
+from pipeline.steps import entries, layout, tree
 from pipeline.steps.shard import ShardTask, sample_sizes
 from pipeline.types import SiteKey
 
@@ -150,7 +150,7 @@ def read_receipt(blobs: LocalBlobs, measure_id: str, shard: ShardRecord) -> Rece
 
 def all_receipts(blobs: LocalBlobs, measure_id: str) -> list[Receipt]:
     """Every receipt of a measure that can be read, by shard."""
-    found = (_receipt_at(blobs, key) for key in blobs.list(layout.receipts(measure_id)))
+    found = (_receipt_at(blobs, key) for key in entries.records(blobs, layout.receipts(measure_id)))
     return [receipt for receipt in found if receipt is not None]
 
 

@@ -22,7 +22,7 @@ from pipeline.errors import CorruptError
 from pipeline.io import schemas, store, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import canonical
-from pipeline.steps import layout
+from pipeline.steps import entries, layout
 from pipeline.steps.logits import says
 from pipeline.steps.partial import Unit
 from pipeline.steps.ranges import RangeResult
@@ -198,7 +198,8 @@ class Draft:
         owner = {"owner": uuid.uuid4().hex, "at": time.time()}
         while True:
             number += 1
-            if self._blobs.put_if_absent(layout.snapshot(name, number, "reserved.json"), canonical(owner)):
+            is_free = not self._blobs.path(layout.snapshot(name, number, "manifest.json")).exists()
+            if is_free and self._blobs.put_if_absent(layout.snapshot(name, number, "reserved.json"), canonical(owner)):
                 return number
 
 
@@ -247,8 +248,7 @@ def _slice_books(units: Sequence[Unit]) -> dict[str, np.ndarray]:
 
 def snapshots(blobs: LocalBlobs, name: str) -> list[int]:
     """The numbers of the published snapshots of a catalog, ascending."""
-    folder = blobs.path(layout.catalog(name))
-    return sorted(int(p.parent.name) for p in folder.glob("[0-9]*/manifest.json"))
+    return entries.snapshots(blobs.path(layout.catalog(name)))
 
 
 def merged_fit(blobs: LocalBlobs, units: Sequence[Unit], weights: Mapping[str, int]) -> FitSums:

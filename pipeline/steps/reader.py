@@ -11,7 +11,7 @@ from pipeline.io.checkpoints import LoadedSae, load_sae
 from pipeline.io.device import choose_device
 from pipeline.steps.demands import centring_of
 from pipeline.steps.parts import Provenance, model_of, tokenizer_of
-from pipeline.types import HookPoint, SiteKey
+from pipeline.types import HookPoint, SiteKey, wrong_with_name
 
 _log = getLogger(__name__)
 
@@ -20,9 +20,12 @@ def load_saes(chosen: Sequence[SaeConfig]) -> dict[SiteKey, LoadedSae]:
     """The SAEs of a config by site, sorted by site.
 
     Raises:
-        ConfigError: if two have the same name at the same hook point.
+        ConfigError: if two have the same name at the same hook point, or one has a name that no key can hold.
     """
     found: dict[SiteKey, LoadedSae] = {}
+    for one in chosen:
+        if one.name is not None:
+            _check_readable(one.name)
     for one in chosen:
         loaded = load_sae(
             one.path,
@@ -34,11 +37,17 @@ def load_saes(chosen: Sequence[SaeConfig]) -> dict[SiteKey, LoadedSae]:
             normalize_activations=one.normalize_activations,
             norm_scaling_factor=one.norm_scaling_factor,
         )
+        _check_readable(loaded.name)
         key = SiteKey(loaded.hook_point, loaded.name)
         if key in found:
             raise ConfigError(f"two SAEs are called {key.sae} at {key.hook_point}; give one another saes[].name")
         found[key] = loaded
     return dict(sorted(found.items(), key=lambda item: (str(item[0].hook_point), item[0].sae)))
+
+
+def _check_readable(name: str) -> None:
+    if not name or "/" in name or not name.isprintable() or name in (".", ".."):
+        raise ConfigError(f"saes[].name is {name!r:.80}, which no key can hold: {wrong_with_name(name)}")
 
 
 class Reader:

@@ -11,7 +11,7 @@ from itertools import groupby
 from pipeline.errors import ConfigError, CorruptError
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import Node, Receipt, ShardRecord, node_id
-from pipeline.steps import layout
+from pipeline.steps import entries, layout
 from pipeline.steps.partial import Unit
 
 FAN = 16
@@ -48,7 +48,7 @@ class Nodes:
         self._blobs = blobs
         self._found: dict[str, Node] = {}
         self._sound: dict[str, bool] = {}
-        for key in blobs.list(layout.nodes(measure_id)):
+        for key in entries.records(blobs, layout.nodes(measure_id)):
             node = read_node(blobs, key)
             if node is not None:
                 self._found[node.node_id] = node
