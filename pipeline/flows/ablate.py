@@ -76,7 +76,8 @@ def ablate(config: AblateConfig, say: Callable[[str], None] = lambda text: None)
             failures.append(f"{name}: {outcome.kind}: {outcome.message}")
         else:
             rows[task] = _row(config, task, outcome.result, values[task], tokenizer) | {
-                "catalog_digest": catalog.digest
+                "catalog_digest": catalog.digest,
+                "dtype": how.model.dtype,
             }
         say(f"{len(rows) + len(failures)} of {len(tasks)}: {name}")
     if not rows:
@@ -96,6 +97,8 @@ def _settings(config: AblateConfig, catalog: Catalog) -> AnalyzeConfig:
     now = {"store": config.store.model_dump(), "cluster": config.cluster.model_dump()}
     how = AnalyzeConfig.model_validate(made["config"] | now)
     known = made["identity"]["measure"]
+    dtype = known["model"]["dtype"] if config.dtype == "auto" else config.dtype
+    how = how.model_copy(update={"model": how.model.model_copy(update={"dtype": dtype})})
     facts = model_facts(how.model.id, how.model.revision, trust_remote_code=how.model.trust_remote_code)
     changed = [f"model {how.model.id}"] if facts.digest != known["model"]["digest"] else []
     saes = load_saes(how.saes).items()
