@@ -6,7 +6,7 @@ gone after the last.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.compute.edits import Edit, ErrorTerm, edit
+from pipeline.compute.positions import Passing, Selector
 from pipeline.compute.sae import SparseAutoencoder
 from pipeline.compute.tracks import Track
 from pipeline.errors import ArgumentError
@@ -54,6 +55,10 @@ class Steering:
     edits: dict[str, tuple[Edit, ...]]
     error_term: ErrorTerm
     positions: dict[str, SteeredPositions]
+    selector: Selector
+    """Of the tokens that may be edited."""
+    on_sink: Callable[[str, int], None] = lambda name, position: None
+    """Hears the hook point and the position of attention sinks that were changed."""
 
 
 class _Thread(threading.local):
@@ -138,11 +143,14 @@ class Attachment:
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         past = _cached_tokens((*args, *(kwargs or {}).values()))
+        passing = _passing(past, args, kwargs or {})
         for frame in self._thread.frames:
-            if isinstance(frame, Tracking):
-                frame.past = past
-                if past == 0:
-                    frame.tracks = {}
+            if isinstance(frame, Steering):
+                frame.selector.begin(passing)
+                continue
+            frame.past = past
+            if past == 0:
+                frame.tracks = {}
 
     def _pass(self, name: str, x: Tensor) -> Tensor | None:
         """What happens to the tensor at a hook point on its way."""
@@ -191,15 +199,38 @@ def _track(name: str, sae: SparseAutoencoder, x: Tensor, frames: list[Tracking])
 def _steer(name: str, sae: SparseAutoencoder, x: Tensor, frames: list[Steering]) -> Tensor | None:
     if not frames:
         return None
-    edits = [one for frame in frames for one in frame.edits[name]]
-    error_term: ErrorTerm = "drop" if any(frame.error_term == "drop" for frame in frames) else "keep"
-    edited = edit(sae, x.flatten(0, 1), edits, error_term=error_term)
-    num_touched = int(edited.touched.sum())
-    for frame in frames:
+    chosen = [frame.selector.choose(name, x) for frame in frames]
+    mine = torch.stack([one.where.flatten() for one in chosen])
+    new, touched = x.flatten(0, 1), torch.zeros_like(mine[0])
+    for acting in mine.unique(dim=1).unbind(dim=1):  # tokens that the same frames may edit
+        active = [frame for frame, acts in zip(frames, acting.tolist(), strict=True) if acts]
+        if not active:
+            continue
+        edits = [one for frame in active for one in frame.edits[name]]
+        error_term: ErrorTerm = "drop" if any(frame.error_term == "drop" for frame in active) else "keep"
+        edited = edit(sae, new, edits, where=(mine == acting[:, None]).all(dim=0), error_term=error_term)
+        new, touched = edited.x, touched | edited.touched
+    for frame, one in zip(frames, chosen, strict=True):
+        changed = touched & one.where.flatten()
         before = frame.positions[name]
-        seen = before.seen + edited.touched.numel()
-        frame.positions[name] = SteeredPositions(before.touched + num_touched, seen)
-    return edited.x.view(x.shape) if num_touched else None
+        frame.positions[name] = SteeredPositions(before.touched + int(changed.sum()), before.seen + changed.numel())
+        sinks = one.sinks & changed.view(x.shape[:2]).cpu().numpy()
+        if sinks.any():
+            frame.on_sink(name, frame.selector.first_place(sinks))
+    return new.view(x.shape) if touched.any() else None
+
+
+def _passing(past: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Passing:
+    """What the arguments of a forward say about its tokens."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    is_ids = isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point()
+    mask, places = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    return Passing(
+        past=past,
+        ids=ids if is_ids else None,
+        attention_mask=mask if isinstance(mask, Tensor) else None,
+        position_ids=places if isinstance(places, Tensor) else None,
+    )
 
 
 def _cached_tokens(arguments: Sequence[Any]) -> int:
