@@ -20,6 +20,7 @@ def job(config: AblateConfig) -> int:
     rows = done.table.to_pylist()
     for site in dict.fromkeys((row["hook_point"], row["sae"]) for row in rows):
         console.print(_table([row for row in rows if (row["hook_point"], row["sae"]) == site]))
+    print(f"computed  in {rows[0]['dtype']}")
     for row in rows:
         tokens = " ".join(repr(token) for token in row["tokens"])
         print(f"logits    {row['sae']} {row['feature_id']}: of {tokens} ({row['top_tokens']})")

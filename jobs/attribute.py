@@ -23,6 +23,7 @@ def job(config: AttributeConfig) -> int:
     screen = console()
     for table in peaked(attribution.folder):
         screen.print(table)
+    print(f"computed  from {attribution.dtype} weights")
     print(f"logits    {attribution.folder}{'' if attribution.is_new else ' (unchanged)'}")
     print(f"time      {attribution.seconds:.1f} s")
     return _main.DONE

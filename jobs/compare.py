@@ -71,7 +71,9 @@ def _summary(comparison: Comparison, config: CompareConfig) -> str:
     lines = [f"compared  {comparison.folder}"]
     for side, label in zip("ab", labels, strict=True):
         about = summary[side]
-        lines.append(f"{side}         {label}, catalog {about['catalog']} {about['snapshot']:06d}")
+        lines.append(
+            f"{side}         {label}, catalog {about['catalog']} {about['snapshot']:06d}, computed in {about['dtype']}"
+        )
         for point, documents in about["documents"].items():
             even, tokens = about["documents_of_one_size"][point], about["tokens_counted"][point]
             lines.append(

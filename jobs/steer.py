@@ -33,9 +33,18 @@ def _marked(prompt: str, text: Text) -> Styled:
 
 
 def _lines(steering: Steering) -> Iterator[str]:
+    yield f"computed  in {steering.dtype} on {steering.device}"
     for name, count in steering.positions.items():
+        left_out = steering.left_out[name]
+        said = ", ".join(f"{n} {rule}" for rule, n in left_out.items())
         idle = "" if count.touched else ": the edits left every code as it was, and both texts come from one model"
-        yield f"touched   {count.touched} of {count.seen} positions at {name}{idle}"
+        if sum(left_out.values()) == count.seen:
+            idle = ": the edits could act nowhere, and both texts come from one model"
+        yield (
+            f"touched   {count.touched} of {count.seen} positions at {name} (positions={steering.chosen}"
+            + (f"; left out: {said})" if said else ")")
+            + idle
+        )
     yield f"KL        {steering.kl_next:.4g} nats at the first new token, {steering.kl_mean:.4g} mean over the text"
     for kind, text in (("unsteered", steering.unsteered), ("steered", steering.steered)):
         for one in text.edited:

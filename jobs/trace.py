@@ -55,6 +55,7 @@ def _summary(tracing: Tracing) -> str:
     return "\n".join(
         [
             f"traced    features: {tracing.num_features}{more}, spans: {tracing.num_spans}{silent}",
+            f"computed  in {tracing.dtype}; the catalog's codes in {tracing.catalog_dtype}",
             f"results   {tracing.folder}/sources.{{parquet,csv,html}}",
             f"time      {tracing.seconds:.1f} s",
         ]

@@ -222,18 +222,21 @@ def twin(bench: Bench, ids: list[int], options: dict[str, Any]) -> Dense:  # noq
             chosen.append((layer, folder.name, hook_point, folder, x))
     chosen.sort(key=lambda one: one[:2])
 
-    masks = {"first_positions": 0, "positions": [], "max_norm_ratio": None}
+    masks = {"first_positions": 0, "positions": [], "max_norm_ratio": None, "attention_sinks": True}
     if bench.catalog is not None:
         masks |= {"first_positions": 1, "positions": [5]}
-    for name in ("first_positions", "max_norm_ratio"):
+    for name in ("first_positions", "max_norm_ratio", "attention_sinks"):
         masks[name] = options.get(name, masks[name])
+    most = {layer: (np.square(x.astype(np.float64)).max(axis=1)) for layer, _, _, _, x in chosen}
     norms = {layer: np.linalg.norm(x.astype(np.float64), axis=1) for layer, _, _, _, x in chosen}
     allowed = []
     for position, token in enumerate(ids):
         fine = token not in tokenizer.all_special_ids
         fine &= position >= masks["first_positions"] and position not in masks["positions"]
-        for norm in norms.values():
+        for layer, norm in norms.items():
             median = sorted(norm)[(len(ids) - 1) // 2]
+            ratio, by_one = norm[position] / median, most[layer][position] > norm[position] ** 2 / 2
+            fine &= not (masks["attention_sinks"] and (ratio > 10 or (ratio > 2 and by_one)))
             fine &= masks["max_norm_ratio"] is None or norm[position] <= masks["max_norm_ratio"] * median
         allowed.append(bool(fine))
     weight = {"entropy": entropy, "norm": norms[max(norms)], "none": np.zeros(len(ids))}[request.token_filter]
@@ -331,6 +334,25 @@ def split_by_list(answer: Discovery) -> list[list[FoundFeature]]:
             lists.append([])
         lists[-1].append(feature)
     return lists
+
+
+def test_attention_sinks_are_left_out_without_a_catalog_unless_they_are_asked_for(bench, sinky_dir, tmp_path):
+    sinky = Bench(model=sinky_dir, saes=bench.saes)
+    discoverer, text = sinky.open(), "river water. stone bridge, def return value."
+    for options in ({}, {"attention_sinks": False}):
+        expected = twin(sinky, ids_of(sinky, text), options | {"min_coverage_pct": 0.0})
+        answer = ask(discoverer, text=text, min_coverage_pct=0.0, **options)
+        analyzed = answer.analyzed
+        assert analyzed.attention_sinks is not bool(options)
+        assert analyzed.tokens_kept == expected.kept.sum() == analyzed.tokens - 1 - analyzed.tokens_sinks  # BOS
+        assert [of(one) for one in answer.features] == [one["key"] for one in expected.rankings[0]]
+        notes = [note for note in analyzed.notes if "look like attention sinks" in note]
+        assert bool(notes) is bool(options)
+        assert analyzed.tokens_sinks == (0 if options else 3)
+    cached = Discoverer(discoverer._loaded, ArrayCache(tmp_path, 1 << 24))
+    first, second = (ask(cached, text=text).analyzed for _ in range(2))
+    assert first == second
+    assert second.tokens_sinks == 3
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,8 +15,9 @@ from pipeline.compute.census import SiteCensus
 from pipeline.config import AnalyzeConfig
 from pipeline.errors import IdentityError
 from pipeline.flows.analyze import Analysis, analyze
+from pipeline.flows.identity import identify, settled
 from pipeline.io.blobs import LocalBlobs
-from pipeline.steps import ranges, shard
+from pipeline.steps import plan, ranges, shard
 
 MakeToy = Callable[..., AnalyzeConfig]
 SITES = (("blocks.0.hook_resid_post", "early"), ("blocks.1.hook_resid_post", "late"))
@@ -272,6 +273,37 @@ def test_another_setting_under_another_name_stands_beside_the_first(toy, whole):
     other = run(toy(root, ranking={"score": "frequency"}, catalog={"name": "other"}))
     assert other.catalog.digest != whole.catalog.digest
     assert not run(toy(root)).is_new
+
+
+def test_masks_never_change_by_default_under_a_name_that_exists(toy, tmp_path, sinky_dir):
+    sinky = {"id": str(sinky_dir)}
+    new = run(toy(tmp_path, model=sinky, catalog={"name": "new"}))
+    assert new.catalog.manifest["identity"]["measure"]["masks"]["attention_sinks"] is True
+    assert new.catalog.manifest["config"]["masks"]["attention_sinks"] is True
+    off = run(toy(tmp_path, model=sinky, catalog={"name": "off"}, masks={"attention_sinks": False}))
+    counted = [one.catalog.manifest["coverage"]["tokens"][SITES[0][0]]["counted"] for one in (new, off)]
+    assert counted[0] < counted[1]
+    for name, first in (("new", new), ("off", off)):  # said by nobody, it stays as it was
+        again = run(toy(tmp_path, model=sinky, catalog={"name": name}))
+        assert (again.is_new, again.catalog.digest) == (False, first.catalog.digest)
+    with pytest.raises(IdentityError, match=r"measure\.masks\.attention_sinks was False, now True"):
+        run(toy(tmp_path, model=sinky, catalog={"name": "off"}, masks={"attention_sinks": True}))
+
+
+def test_a_name_that_is_older_than_the_mask_of_sinks_goes_on_without_it(toy, tmp_path):
+    run(toy(tmp_path, catalog={"name": "old"}, masks={"attention_sinks": False}))
+    claim = tmp_path / "catalogs" / "old" / "identity.json"
+    fields = json.loads(claim.read_text())
+    del fields["measure"]["masks"]["attention_sinks"]
+    claim.write_text(json.dumps(fields))
+    for given in (None, False):
+        config = settled(toy(tmp_path, catalog={"name": "old"}, masks={"attention_sinks": given}))
+        assert config.masks.attention_sinks is False
+        assert "attention_sinks" not in identify(config).measure["masks"]
+        plan.check_claim(LocalBlobs(tmp_path), "old", identify(config).fields)
+    with pytest.raises(IdentityError, match=r"attention_sinks was False, now True"):
+        run(toy(tmp_path, catalog={"name": "old"}, masks={"attention_sinks": True}))
+    assert settled(toy(tmp_path, catalog={"name": "other"})).masks.attention_sinks is True
 
 
 def test_what_the_reduce_alone_decides_makes_a_new_snapshot_without_new_partials(toy, tmp_path):

@@ -533,6 +533,16 @@ def test_a_ranking_prints_one_line_for_each_entry():
     assert pretty_ranking([]) == ""
 
 
+def test_an_effect_size_is_printed_under_its_own_name():
+    pos, neg = torch.tensor([[1.0, 4.0], [3.0, 4.5]]), torch.tensor([[0.5, 1.0], [1.5, 0.0]])
+    for one in differential_features(pos, neg, by="effect_size"):
+        said = dict(part.split("=") for part in re.sub(r"=\s+", "=", pretty_ranking([one])).split() if "=" in part)
+        assert float(said["diff"]) == pytest.approx(one.pos_mean - one.neg_mean, abs=1e-4)
+        assert float(said["effect_size"]) == pytest.approx(one.effect_size, abs=1e-4)
+        assert said["diff"] != said["effect_size"]
+    assert "effect_size" not in pretty_ranking(differential_features(pos, neg))
+
+
 # ---- the whole
 
 

@@ -272,11 +272,15 @@ def test_a_steered_text_is_the_plain_one_exactly_when_nothing_is_touched(steered
     assert idle.steered == idle.unsteered
     assert idle.positions[LATE].touched == 0
     assert (idle.kl_next, idle.kl_mean, idle.changed) == (0, 0, ())
-    moved = steer_flow.steer(steered())
+    moved = steer_flow.steer(steered(positions="all"))
     assert moved.unsteered.continuation == idle.unsteered.continuation
     assert moved.steered.continuation != moved.unsteered.continuation
     seen = len(moved.steered.tokens)
-    assert moved.positions[LATE] == (seen, seen)
+    assert (moved.positions[LATE], moved.left_out) == ((seen, seen), {LATE: {}})
+    counted = steer_flow.steer(steered())
+    assert counted.positions[LATE] == (seen - 1, seen)
+    assert counted.left_out == {LATE: {"special_tokens": 1}}
+    assert (counted.dtype, counted.device) == ("float32", "cpu")
 
 
 def test_kl_and_codes_are_those_of_the_model_run_by_hand(
@@ -284,7 +288,7 @@ def test_kl_and_codes_are_those_of_the_model_run_by_hand(
 ) -> None:
     from pipeline.io.checkpoints import load_sae
 
-    got, sae = steer_flow.steer(steered(changed=200)), load_sae(str(sae_dirs["late"])).sae
+    got, sae = steer_flow.steer(steered(changed=200, positions="all")), load_sae(str(sae_dirs["late"])).sae
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     prompt = tokenizer("river water stone bridge")["input_ids"]
@@ -535,6 +539,7 @@ def test_the_job_prints_intervals_and_names_what_it_skips(run: Run, catalog: Cat
     code, out, err = run("ablate", *base, "sae=late", f"features=[5,{best}]", "group=top", "spans=4")
     assert code == 0, err
     assert "zeroed on top spans" in out
+    assert "\ncomputed  in float32\n" in out
     assert "ablations/000001-" in out
     assert f"skipped   feature 5 of {LATE}/late has no top spans" in err
     for override, sentence in (

@@ -36,6 +36,8 @@ class FeatureRanking:
     effect_size: float | None = None
     """(pos_mean - neg_mean) / pooled standard deviation (Cohen's d); infinite if only the means differ, None for
     fewer than three prompts."""
+    by: Literal["difference", "effect_size"] = "difference"
+    """What the two sets were ranked by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,8 @@ class PromptCodes:
     """What was encoded: the last token of every prompt."""
     apply_chat_template: bool
     """Whether prompts were put into the tokenizer's chat template."""
+    dtype: str
+    """That the model computed in, as float32; codes are float32 whatever it is."""
 
     @property
     def shape(self) -> torch.Size:
@@ -180,6 +184,7 @@ def differential_features(
             pos_fire_rate=float(pos_fire[feature]),
             neg_fire_rate=float(neg_fire[feature]),
             effect_size=None if effect is None else float(effect[feature]),
+            by=by,
         )
         for feature in np.argsort(-score, kind="stable")[: _checked(top_n)]
     ]
@@ -235,13 +240,15 @@ def pretty_ranking(ranking: Sequence[FeatureRanking]) -> str:
     lines = []
     for one in ranking:
         line = f" feat {one.feature_id:>6d} "
-        if one.pos_mean is None:
+        if one.pos_mean is None or one.neg_mean is None:
             line += f"act={one.score:+8.4f}"
         else:
             line += (
-                f"diff={one.score:+8.4f} pos_mean={one.pos_mean:+8.4f} neg_mean={one.neg_mean:+8.4f} "
+                f"diff={one.pos_mean - one.neg_mean:+8.4f} pos_mean={one.pos_mean:+8.4f} neg_mean={one.neg_mean:+8.4f} "
                 f"pos_fire={one.pos_fire_rate:.2f} neg_fire={one.neg_fire_rate:.2f}"
             )
+            if one.by == "effect_size":
+                line += f" effect_size={one.score:+8.4f}"
         lines.append(line)
     return "\n".join(lines)
 

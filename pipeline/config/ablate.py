@@ -35,6 +35,8 @@ class AblateConfig(Section):
     """Of the intervals."""
     contexts: PositiveInt = 8
     """Of one forward pass, which gives logits over the whole vocabulary."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """That the model computes in; auto: the catalog's."""
     seed: int = Field(default=0, ge=0)
     """Of the control's random directions."""
     cluster: ClusterConfig = ClusterConfig()

@@ -8,7 +8,7 @@ from pipeline.config.sections import EMBEDDED_SAES, ModelConfig, SaeConfig, Sect
 
 
 class EditConfig(Section):
-    """One edit of a feature's code, at every token."""
+    """One edit of a feature's code."""
 
     hook_point: str | None = None
     """As blocks.15.hook_resid_post; null where there is only one SAE."""
@@ -51,6 +51,12 @@ class SteerConfig(Section):
         EditConfig(hook_point="blocks.15.hook_resid_post", feature=654, mode="scale", value=0),
     )
     """Of the embedded SAE this one fires on the @ of a decorator."""
+    positions: str = Field(
+        default="counted", pattern=r"^(all|counted|prompt|generated|[0-9]+:[0-9]*(,[0-9]+:[0-9]*)*)$"
+    )
+    """Where edits act. counted: at the tokens that a census counts: no special tokens, no attention sinks, and what
+    the catalog's masks leave out; all; prompt; generated; or ranges of positions such as 3:10 or 0:1,5:, the end left
+    out, counted with the BOS token."""
     error_term: Literal["keep", "drop"] = "keep"
     """drop: activations become the SAE's reconstruction, which changes the text by itself."""
     generate: GenerateConfig = GenerateConfig()

@@ -76,7 +76,8 @@ def ablate(config: AblateConfig, say: Callable[[str], None] = lambda text: None)
             failures.append(f"{name}: {outcome.kind}: {outcome.message}")
         else:
             rows[task] = _row(config, task, outcome.result, values[task], tokenizer) | {
-                "catalog_digest": catalog.digest
+                "catalog_digest": catalog.digest,
+                "dtype": how.model.dtype,
             }
         say(f"{len(rows) + len(failures)} of {len(tasks)}: {name}")
     if not rows:
@@ -93,7 +94,9 @@ def ablate(config: AblateConfig, say: Callable[[str], None] = lambda text: None)
 def _settings(config: AblateConfig, catalog: Catalog) -> AnalyzeConfig:
     """The catalog's own settings, with today's store and cluster."""
     now = {"store": config.store.model_dump(), "cluster": config.cluster.model_dump()}
-    return AnalyzeConfig.model_validate(catalog.manifest["config"] | now)
+    how = AnalyzeConfig.model_validate(catalog.manifest["config"] | now)
+    dtype = catalog.manifest["identity"]["measure"]["model"]["dtype"] if config.dtype == "auto" else config.dtype
+    return how.model_copy(update={"model": how.model.model_copy(update={"dtype": dtype})})
 
 
 def _tasks(

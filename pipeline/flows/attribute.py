@@ -45,6 +45,8 @@ class Attribution:
     """Where `logits.parquet` and `logit_moments.parquet` lie, beside a manifest."""
     is_new: bool
     """False if the catalog already said the same."""
+    dtype: str
+    """Of the model's weights: the unembedding, and the norm before it."""
     seconds: float
 
 
@@ -103,7 +105,7 @@ def _to_folder(config: AttributeConfig, say: Callable[[str], None] | None) -> At
         for name in files:
             blobs.adopt(name, draft.folder / name)
         blobs.put("manifest.json", canonical({"files": files, **about, "logits": facts}))
-    return Attribution(folder=blobs.root, is_new=True, seconds=seconds)
+    return Attribution(folder=blobs.root, is_new=True, dtype=about["model"]["dtype"], seconds=seconds)
 
 
 def _to_catalog(config: AttributeConfig, name: str, say: Callable[[str], None] | None) -> Attribution:
@@ -128,7 +130,8 @@ def _to_catalog(config: AttributeConfig, name: str, say: Callable[[str], None] |
             "passed_over": old.manifest.get("passed_over", []),
         }
         number, _, is_new = draft.publish(name, publish.facts_of(old.manifest) | {"logits": facts}, volatile)
-    return Attribution(folder=publish.folder_of(blobs, name, number), is_new=is_new, seconds=seconds)
+    folder = publish.folder_of(blobs, name, number)
+    return Attribution(folder=folder, is_new=is_new, dtype=about["model"]["dtype"], seconds=seconds)
 
 
 def _settings(config: AttributeConfig, about: dict[str, Any]) -> LogitSettings:

@@ -148,6 +148,7 @@ def _about(side: Side, of: Mapping[SiteKey, Tokens]) -> dict[str, Any]:
         "catalog": side.name,
         "snapshot": side.catalog.number,
         "digest": side.catalog.digest,
+        "dtype": side.identity["measure"]["model"]["dtype"],
         "complete": side.catalog.manifest["coverage"]["complete"],
         "slices": side.slices,
         "shards": len(side.shard_ids),

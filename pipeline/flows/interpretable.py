@@ -7,6 +7,7 @@ that entered them. Outside, the wrapper is the model, and no hook is set.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from logging import getLogger
 from typing import Any, get_args, overload
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.compute.edits import EditLike, ErrorTerm, Mode, read_edits
+from pipeline.compute.positions import Positions, Selector, read_positions
 from pipeline.compute.sae import SparseAutoencoder
 from pipeline.compute.tracks import TopFeatures
 from pipeline.errors import ArgumentError, ConfigError
@@ -53,6 +55,7 @@ class InterpretableModel(nn.Module):
         """
         super().__init__()
         self.model = model
+        self._has_warned = False
         self.device = torch.device(device) if device is not None else _device_of(model)
         points = {str(name): _parse(str(name)) for name in saes}
         if len(set(points.values())) < len(points):
@@ -98,9 +101,9 @@ class InterpretableModel(nn.Module):
 
     @contextmanager
     def steering_enabled(
-        self, steering_config: SteeringConfig, *, error_term: ErrorTerm = "keep"
+        self, steering_config: SteeringConfig, *, error_term: ErrorTerm = "keep", positions: str | Positions = "all"
     ) -> Iterator["InterpretableModel"]:
-        """Edit codes at every position of every forward.
+        """Edit codes at every position of every forward, or at chosen ones.
 
         All edits of a hook point, those of outer blocks first, start from the codes of the activation as it
         arrives; several edits of one feature are applied in order.
@@ -110,6 +113,10 @@ class InterpretableModel(nn.Module):
                 (feature, strength, mode) may also add or set.
             error_term: keep changes activations only along the decoder rows of edited features; drop puts the
                 SAE's reconstruction in their place.
+            positions: all; counted: all but padding, the BOS, EOS and padding ids of the model's config, and attention
+                sinks (for them see `Selector`); prompt: the tokens of the forward that others go on from; generated:
+                those of the others; ranges such as "3:10" or "0:1,5:", counted from a row's first real token; or
+                `Positions`.
 
         Raises:
             ArgumentError: if a hook point has no SAE, or an edit no such feature or a value that is not finite.
@@ -125,7 +132,11 @@ class InterpretableModel(nn.Module):
                 edits[name] = read_edits(given, self.saes[name].num_features)
             except ArgumentError as error:
                 raise ArgumentError(f"steering at {name}: {error}") from error
-        frame = Steering(edits, error_term, dict.fromkeys(edits, SteeredPositions(0, 0)))
+        where = read_positions(positions)
+        if where is not positions:
+            where = replace(where, special_ids=_special_ids(self.model))
+        nothing_yet = dict.fromkeys(edits, SteeredPositions(0, 0))
+        frame = Steering(edits, error_term, nothing_yet, Selector(where), self._say_sink)
         with self._attachment.inside(frame):
             yield self
         _say_if_idle(frame)
@@ -138,6 +149,7 @@ class InterpretableModel(nn.Module):
         *,
         mode: Mode = "scale",
         error_term: ErrorTerm = "keep",
+        positions: str | Positions = "all",
         **kwargs: Any,
     ) -> Any:
         """One forward with one feature edited.
@@ -148,13 +160,15 @@ class InterpretableModel(nn.Module):
             strength: scale: the new code is strength x code; add: code + strength; set: strength.
             mode: of the edit.
             error_term: as in `steering_enabled`.
+            positions: as there.
             kwargs: go to the model.
 
         Returns:
             The output of the model.
         """
         hook_point, feature = feature_id
-        with self.steering_enabled({hook_point: (feature, strength, mode)}, error_term=error_term):
+        edits: SteeringConfig = {hook_point: (feature, strength, mode)}
+        with self.steering_enabled(edits, error_term=error_term, positions=positions):
             return self.model(input_ids, **kwargs)
 
     @overload
@@ -213,6 +227,32 @@ class InterpretableModel(nn.Module):
             raise RuntimeError("Nothing was steered. Use steering_enabled() context manager.")
         return dict(steering.positions)
 
+    def get_left_out_positions(self) -> dict[str, dict[str, int]]:
+        """How many tokens the steering of this thread could not touch, by hook point and the rule that left them out.
+
+        Of the block that it is in, else of the last one. The rules are padding, special_tokens, first_positions,
+        positions (for prompt, generated and ranges: those that were not chosen), max_norm_ratio and attention_sinks;
+        a token stands under the first that fits.
+
+        Raises:
+            RuntimeError: if nothing was ever steered.
+        """
+        steering = self._attachment.steering
+        if steering is None:
+            raise RuntimeError("Nothing was steered. Use steering_enabled() context manager.")
+        return {name: dict(steering.selector.left_out.get(name, {})) for name in steering.positions}
+
+    def _say_sink(self, name: str, position: int) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "steering at %s changes an attention sink, the first at position %d: codes there can be a hundred "
+                "times larger than elsewhere, and an edit of one may rewrite all that follows; positions=counted "
+                "leaves sinks out (said once)",
+                name,
+                position,
+            )
+
 
 def _parse(name: str) -> HookPoint:
     try:
@@ -228,13 +268,32 @@ def _device_of(model: nn.Module) -> torch.device:
     return torch.device(get_device()) if get_device is not None else next(model.parameters()).device
 
 
+def _special_ids(model: nn.Module) -> tuple[int, ...]:
+    """The BOS, EOS and padding ids that the configs of a model name."""
+    found: set[int] = set()
+    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(config, name, None)
+            found.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+    return tuple(sorted(found))
+
+
+def _why_idle(frame: Steering, name: str, seen: int) -> str:
+    left_out: Mapping[str, int] = frame.selector.left_out.get(name, {})
+    if sum(left_out.values()) == seen:
+        return "all were left out (" + ", ".join(f"{n} {rule}" for rule, n in left_out.items()) + ")"
+    return (
+        "at all of them the edits leave the codes as they are (scaling cannot switch on a silent feature; mode add or "
+        "set can)"
+    )
+
+
 def _say_if_idle(frame: Steering) -> None:
     for name, positions in frame.positions.items():
         if positions.touched:
             continue
         what = (
-            f"none of {positions.seen} positions: at all of them the edits leave the codes as they are (scaling cannot "
-            "switch on a silent feature; mode add or set can)"
+            f"none of {positions.seen} positions: {_why_idle(frame, name, positions.seen)}"
             if positions.seen
             else "nothing: no forward of this model ran in this thread inside the block"
         )

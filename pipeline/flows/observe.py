@@ -142,6 +142,7 @@ def observe_prompts(
         hook_point=str(point),
         last_token_ids=np.array([int(row[-1]) for row in ids], np.int64),
         apply_chat_template=apply_chat_template,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
     )
 
 

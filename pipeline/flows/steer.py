@@ -1,14 +1,15 @@
 """Steer a prompt: the text with and without edits, what happened to the codes, and how far predictions moved."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pipeline.compute.edits import Edit
 from pipeline.compute.effects import divergence
-from pipeline.config import SteerConfig
+from pipeline.compute.positions import Positions, read_positions
+from pipeline.config import MasksConfig, SteerConfig
 from pipeline.errors import ArgumentError, ConfigError
 from pipeline.flows.catalog import Catalog
 from pipeline.flows.interpretable import InterpretableModel
@@ -58,8 +59,15 @@ class Steering:
     prompt: str
     unsteered: Text
     steered: Text
+    dtype: str
+    """That the model computed in."""
+    device: str
+    chosen: str
+    """Where edits could act, as `positions` of the config."""
     positions: dict[str, SteeredPositions]
     """By hook point, while the steered text was made."""
+    left_out: dict[str, dict[str, int]]
+    """How many of those could not be touched, by hook point and rule."""
     kl_next: float
     """KL(unsteered || steered), in nats, of the first token after the prompt."""
     kl_mean: float
@@ -81,24 +89,28 @@ def steer(config: SteerConfig) -> Steering:
     reader.warn_of_centring()
     sites = _sites(reader)
     edits = _edits(config, sites, reader)
-    if config.catalog.name is not None:
-        _check_alive(config, edits, sites, reader)
+    masks = MasksConfig() if config.catalog.name is None else _check_alive(config, edits, sites, reader)
     model = InterpretableModel(reader.model.inner, {str(key.hook_point): sae for key, sae in reader.saes.items()})
     start = _prompt_ids(reader.tokenizer, config.prompt)
     reader.model.check_ids(start)
     start = start.to(reader.device)
+    where = _positions(config, masks, reader.tokenizer, start.shape[1])
     with torch.no_grad():
         plain, plain_ids = _write(model, reader.tokenizer, start, config, sites, edits)
-        with model.steering_enabled(edits, error_term=config.error_term):
+        with model.steering_enabled(edits, error_term=config.error_term, positions=where):
             steered, _ = _write(model, reader.tokenizer, start, config, sites, edits)
-            positions = model.get_steered_positions()
-        kl, changed = _compare(model, plain_ids, config, sites, edits)
+            positions, left_out = model.get_steered_positions(), model.get_left_out_positions()
+        kl, changed = _compare(model, plain_ids, config, sites, edits, where)
     first = start.shape[1] - 1
     return Steering(
         prompt=config.prompt,
         unsteered=plain,
         steered=steered,
+        dtype=str(reader.model.inner.dtype).removeprefix("torch."),
+        device=str(reader.device),
+        chosen=config.positions,
         positions=positions,
+        left_out=left_out,
         kl_next=float(kl[first]),
         kl_mean=float(kl[first:].mean()),
         changed=changed,
@@ -133,8 +145,8 @@ def _edits(config: SteerConfig, sites: Mapping[str, SiteKey], reader: Reader) ->
 
 def _check_alive(
     config: SteerConfig, edits: Mapping[str, Sequence[Edit]], sites: Mapping[str, SiteKey], reader: Reader
-) -> None:
-    """Refuse features that never fired on the catalog's corpus: nothing is known of what they do."""
+) -> MasksConfig:
+    """Refuse features that never fired on the catalog's corpus, since nothing is known of what they do; its masks."""
     catalog = Catalog(config.store.root, config.catalog.name or "", config.catalog.snapshot)
     known = catalog.manifest["identity"]["measure"]["saes"]
     for name, several in edits.items():
@@ -148,6 +160,19 @@ def _check_alive(
                     f"feature {one.feature} of {site} is dead: it never fired on the {row['tokens_counted']:,} tokens "
                     f"of catalog {config.catalog.name}; set allow_dead=true to steer it all the same"
                 )
+    return MasksConfig.model_validate(catalog.manifest["identity"]["measure"]["masks"])
+
+
+def _positions(config: SteerConfig, masks: MasksConfig, tokenizer: Tokenizer, num_prompt: int) -> Positions:
+    """Where edits act; the end of the prompt is known, so texts that are read at once are edited as they were made."""
+    return replace(
+        read_positions(config.positions),
+        special_ids=tuple(tokenizer.special_ids),
+        first_positions=masks.first_positions,
+        positions=masks.positions,
+        max_norm_ratio=masks.max_norm_ratio,
+        num_prompt=num_prompt,
+    )
 
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> Tensor:
@@ -198,12 +223,13 @@ def _compare(
     config: SteerConfig,
     sites: Mapping[str, SiteKey],
     edits: Mapping[str, Sequence[Edit]],
+    where: Positions,
 ) -> tuple[Tensor, tuple[ChangedFeature, ...]]:
     """Read one text with and without steering: KL of every prediction, and the features that changed most."""
     with model.interpretation_enabled(when="after"):
         plain = model(ids[:, :-1], use_cache=False).logits[0]
         before = model.get_active_features()
-        with model.steering_enabled(edits, error_term=config.error_term):
+        with model.steering_enabled(edits, error_term=config.error_term, positions=where):
             steered = model(ids[:, :-1], use_cache=False).logits[0]
         after = model.get_active_features()
     if not torch.isfinite(steered).all():

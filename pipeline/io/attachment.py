@@ -6,7 +6,7 @@ for the first frame of all contexts and gone after the last.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.compute.edits import Edit, ErrorTerm, edit
+from pipeline.compute.positions import Passing, Selector
 from pipeline.compute.sae import SparseAutoencoder
 from pipeline.errors import ArgumentError
 from pipeline.io.following import Past, Sequences, past_of
@@ -59,6 +60,10 @@ class Steering:
     edits: dict[str, tuple[Edit, ...]]
     error_term: ErrorTerm
     positions: dict[str, SteeredPositions]
+    selector: Selector
+    """Of the tokens that may be edited."""
+    on_sink: Callable[[str, int], None] = lambda name, position: None
+    """Hears the hook point and the position of attention sinks that were changed."""
 
 
 Frame = Tracking | Steering
@@ -92,6 +97,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.last = _Here()
         self.offered = self.past = _NOTHING
+        self.given: dict[str, Tensor] = {}
         self.passed: set[str] = set()
 
 
@@ -208,6 +214,7 @@ class Attachment:
         if self._here.frames:
             past = past_of(args, kwargs or {})
             self._thread.offered = self._thread.offered if past.cache is None else past
+            self._thread.given |= _given(args, kwargs or {})
 
     def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
         """A forward is over: what should have been read and edited in it, was."""
@@ -231,11 +238,14 @@ class Attachment:
         self._thread.passed = set()
         past = past_of(args, kwargs or {}) if frames else _NOTHING
         self._thread.past = self._thread.offered if past.cache is None else past
-        self._thread.offered = _NOTHING
+        passing = Passing(past=self._thread.past.num_tokens, **{"ids": None, **self._thread.given})
+        self._thread.offered, self._thread.given = _NOTHING, {}
         for frame in frames:
             if isinstance(frame, Tracking):
                 frame.runner = threading.current_thread()
                 frame.sequences.begin(self._thread.past)
+            else:
+                frame.selector.begin(passing)
 
     def _check_thread(self) -> None:
         """A thread without frames runs the model; raise if it began inside a block, which it might count itself to."""
@@ -323,12 +333,34 @@ def _track(name: str, sae: SparseAutoencoder, x: Tensor, frames: list[Tracking],
 def _steer(name: str, sae: SparseAutoencoder, x: Tensor, frames: list[Steering]) -> Tensor | None:
     if not frames:
         return None
-    edits = [one for frame in frames for one in frame.edits[name]]
-    error_term: ErrorTerm = "drop" if any(frame.error_term == "drop" for frame in frames) else "keep"
-    edited = edit(sae, x.flatten(0, 1), edits, error_term=error_term)
-    num_touched = int(edited.touched.sum())
-    for frame in frames:
+    chosen = [frame.selector.choose(name, x) for frame in frames]
+    mine = torch.stack([one.where.flatten() for one in chosen])
+    new, touched = x.flatten(0, 1), torch.zeros_like(mine[0])
+    for acting in mine.unique(dim=1).unbind(dim=1):  # tokens that the same frames may edit
+        active = [frame for frame, acts in zip(frames, acting.tolist(), strict=True) if acts]
+        if not active:
+            continue
+        edits = [one for frame in active for one in frame.edits[name]]
+        error_term: ErrorTerm = "drop" if any(frame.error_term == "drop" for frame in active) else "keep"
+        edited = edit(sae, new, edits, where=(mine == acting[:, None]).all(dim=0), error_term=error_term)
+        new, touched = edited.x, touched | edited.touched
+    for frame, one in zip(frames, chosen, strict=True):
+        changed = touched & one.where.flatten()
         before = frame.positions[name]
-        seen = before.seen + edited.touched.numel()
-        frame.positions[name] = SteeredPositions(before.touched + num_touched, seen)
-    return edited.x.view(x.shape) if num_touched else None
+        frame.positions[name] = SteeredPositions(before.touched + int(changed.sum()), before.seen + changed.numel())
+        sinks = one.sinks & changed.view(x.shape[:2]).cpu().numpy()
+        if sinks.any():
+            frame.on_sink(name, frame.selector.first_place(sinks))
+    return new.view(x.shape) if touched.any() else None
+
+
+def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the arguments of a model say about its tokens: fields of a `Passing`."""
+    found = {}
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point():
+        found["ids"] = ids
+    for name in ("attention_mask", "position_ids"):
+        if isinstance(value := kwargs.get(name), Tensor):
+            found[name] = value
+    return found

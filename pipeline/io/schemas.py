@@ -208,5 +208,6 @@ ABLATIONS = pa.schema(
         pa.field("token_ids", pa.list_(pa.int32())),
         pa.field("tokens", pa.list_(pa.string())),
         pa.field("catalog_digest", pa.string()),
+        pa.field("dtype", pa.string()),
     ]
 )
