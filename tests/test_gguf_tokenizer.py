@@ -56,9 +56,11 @@ def with_digits(inner: Backend) -> Backend:
     return inner
 
 
-def at_merges(inner: Backend) -> Backend:
-    inner.model.ignore_merges = True
-    return inner
+def ignoring_merges(inner: Backend) -> Backend:
+    """Some words are in the vocabulary alone: no merge makes them."""
+    rules = json.loads(inner.to_str())
+    rules["model"] |= {"ignore_merges": True, "merges": rules["model"]["merges"][:-40]}
+    return Backend.from_str(json.dumps(rules))
 
 
 CONTROLS = {"<s>": CONTROL, "</s>": CONTROL}
@@ -68,7 +70,7 @@ ORIGINALS: dict[str, Callable[[], Backend]] = {
     "smollm": lambda: with_digits(byte_level()),
     "starcoder": lambda: with_digits(byte_level()),
     "dbrx": tiktoken_like,
-    "llama-bpe": lambda: at_merges(tiktoken_like()),
+    "llama-bpe": lambda: ignoring_merges(tiktoken_like()),
 }
 
 

@@ -14,13 +14,15 @@ from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.errors import ConfigError
+from pipeline.config import DiscoverRequest
+from pipeline.errors import ConfigError, RequestError
 from pipeline.flows.analyze import analyze
 from pipeline.flows.identity import find_config_sources, identify
 from pipeline.flows.observe import observe_prompts
 from pipeline.io.checkpoints import load_sae
 from pipeline.io.tokenizer import Tokenizer
 from pipeline.steps.prepare import Preparer, PrepareSettings
+from pipeline.steps.sequences import continued, sequence_of
 
 Made = Callable[[str], Tokenizer]
 law = settings(max_examples=30, deadline=None, database=None, derandomize=True)
@@ -109,6 +111,25 @@ def test_a_python_tokenizer_that_does_not_spell_its_text_is_refused_in_a_line(ma
     assert tokenizer.encode_with_offsets("aé")[1] == [(0, 1), (1, 1), (1, 2)]
     with pytest.raises(ConfigError, match=r"written in Python.*use a model with a fast tokenizer"):
         tokenizer.encode_with_offsets("a</s> b")  # it takes the space after </s> away
+
+
+@every_kind
+def test_a_continuation_joins_the_text_that_it_continues(made: Made, kind: str) -> None:
+    tokenizer = made(kind)
+    sequence = sequence_of(DiscoverRequest(prompt="the river", generate=True), tokenizer, 200)
+    generated = tokenizer.encode([" bridge ж flows"])[0]
+    whole = continued(sequence, generated, tokenizer)
+    assert whole.text.startswith("the river")
+    assert "".join(whole.text[start:stop] for start, stop in whole.chars) == whole.text
+    assert len(whole.chars) == len(whole.ids) == len(sequence.ids) + len(generated)
+    assert "flows" in whole.text
+
+
+def test_a_request_in_a_tokenizer_without_characters_is_answered_or_refused_in_a_line(made: Made) -> None:
+    tokenizer = made("by_bytes")
+    assert sequence_of(DiscoverRequest(text="aé"), tokenizer, 9).chars == [(0, 1), (1, 1), (1, 2)]
+    with pytest.raises(RequestError, match="written in Python"):
+        sequence_of(DiscoverRequest(text="a</s> b"), tokenizer, 9)
 
 
 def rules(inner: Backend) -> dict[str, object]:
