@@ -30,7 +30,7 @@ _log = getLogger(__name__)
 class InterpretableModel(nn.Module):
     """A model whose features can be read and edited while it runs.
 
-    >>> model = InterpretableModel(AutoModelForCausalLM.from_pretrained(...), load_saes("saes/"))
+    >>> model = InterpretableModel(LanguageModel(...).inner, load_saes("saes/"))
     >>> with model.interpretation_enabled():
     ...     output = model(input_ids)
     >>> features = model.get_active_features()
