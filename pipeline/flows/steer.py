@@ -15,6 +15,7 @@ from pipeline.flows.interpretable import InterpretableModel
 from pipeline.io import device
 from pipeline.io.attachment import SteeredPositions
 from pipeline.io.device import choose_device
+from pipeline.io.generation import clear_settings
 from pipeline.io.tokenizer import Tokenizer
 from pipeline.steps.reader import Reader
 from pipeline.types import HookPoint, SiteKey
@@ -81,6 +82,7 @@ def steer(config: SteerConfig) -> Steering:
     edits = _edits(config, sites, reader)
     if config.catalog.name is not None:
         _check_alive(config, edits, sites, reader)
+    clear_settings(reader.model)
     model = InterpretableModel(reader.model.inner, {str(key.hook_point): sae for key, sae in reader.saes.items()})
     start = _prompt_ids(reader.tokenizer, config.prompt).to(reader.device)
     with torch.no_grad():
