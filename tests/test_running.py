@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from test_hooks import TINY, num_hooks
-from test_interpretable import IDS, MID, POST, PRE, D, F, dense, llama, logits, make_sae, on, read
+from test_hooks import NUM_LAYERS, TINY, num_hooks
+from test_interpretable import IDS, MID, POST, PRE, D, F, Gpt, GptBlock, dense, llama, logits, make_sae, on, read
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -178,6 +178,68 @@ def test_a_cache_that_does_not_say_how_far_it_is_is_refused(model: Interpretable
         model.interpretation_enabled(),
     ):
         block(torch.zeros(1, 1, D), layer_past=(torch.zeros(1),))
+
+
+class Slots:
+    """nanochat's cache: all slots at once, counted by `get_pos`; those of samples are filled from the prompt's."""
+
+    def __init__(self, num_rows: int, prompt: "Slots | None" = None):
+        self.kept = torch.zeros(NUM_LAYERS, num_rows, 32, D)
+        self.position = 0
+        if prompt is not None:
+            self.kept[:], self.position = prompt.kept, prompt.position
+
+    def get_pos(self) -> int:
+        return self.position
+
+    def insert(self, layer: int, x: Tensor) -> Tensor:
+        end = self.position + x.shape[1]
+        self.kept[layer, :, self.position : end] = x
+        self.position = end if layer == NUM_LAYERS - 1 else self.position
+        return self.kept[layer, :, :end]
+
+
+class CachedBlock(GptBlock):
+    """nanochat's block, which is given the cache by its place."""
+
+    def forward(self, x: Tensor, cos_sin: float, cache: Slots | None = None, layer: int = 0) -> Tensor:  # type: ignore[override]
+        whole = x if cache is None else cache.insert(layer, x)
+        return super().forward(whole, cos_sin)[:, -x.shape[1] :]
+
+
+class CachedGpt(Gpt):
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer["h"] = nn.ModuleList(CachedBlock() for _ in range(NUM_LAYERS))
+
+    def forward(self, idx: Tensor, kv_cache: Slots | None = None) -> Tensor:
+        x = self.transformer["wte"](idx)
+        for layer, block in enumerate(self.transformer["h"]):
+            x = block(x, 0.5, kv_cache, layer)
+        return x
+
+
+def test_samples_of_nanochats_engine_are_followed_from_the_prompt_on() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        gpt = CachedGpt().requires_grad_(False)
+    model = InterpretableModel(gpt, {PRE: make_sae(seed=1), POST: make_sae(seed=2)})
+    for num_samples in (1, 3):
+        text = IDS[:1].repeat(num_samples, 1)
+        with model.interpretation_enabled():
+            prompt = Slots(1)
+            gpt.forward(IDS[:1], kv_cache=prompt)  # the engine calls forward itself
+            cache = Slots(num_samples, prompt)
+            del prompt
+            for step in range(4):
+                column = torch.arange(num_samples)[:, None] * 5 + step + 3
+                gpt.forward(column, kv_cache=cache)
+                text = torch.cat([text, column], dim=1)
+            found = model.get_active_features()
+            model(text)
+        for name, expected in model.get_active_features().items():
+            assert found[name].shape == (num_samples, 11, F)
+            torch.testing.assert_close(found[name].to_dense(), expected.to_dense(), rtol=1e-3, atol=1e-3)
 
 
 # compiled models
