@@ -25,6 +25,8 @@ _HOOK_NAMES: dict[Stream, str] = {
     "mlp_post": "mlp.hook_post",
 }
 _STREAM_OF = {name: stream for stream, name in _HOOK_NAMES.items()}
+_ALIASES: dict[str, Stream] = {"hook_attn": "attn_out", "attn": "attn_out", "hook_mlp": "mlp_out", "mlp": "mlp_out"}
+"""What nanochat's SAE add-on calls the outputs of its modules."""
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _MODULE = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)(?:\.(output|input))?")
 
@@ -67,14 +69,15 @@ class HookPoint:
     def parse(cls, name: str) -> "HookPoint":
         """Read a hook point from its public name, or from a module path of a whole block.
 
+        `hook_attn` and `hook_mlp` (also without `hook_`) are other names of `hook_attn_out` and `hook_mlp_out`.
         `model.layers.15` and `transformer.h.15.output` name the block's output (resid_post); a path that
         ends in `.input` names its input (resid_pre).
 
         Raises:
             ConfigError: if the name is none of these.
         """
-        if (block := _BLOCK.fullmatch(name)) and block[2] in _STREAM_OF:
-            return cls(int(block[1]), _STREAM_OF[block[2]])
+        if (block := _BLOCK.fullmatch(name)) and (stream := (_STREAM_OF | _ALIASES).get(block[2])):
+            return cls(int(block[1]), stream)
         if module := _MODULE.fullmatch(name):
             return cls(int(module[1]), "resid_pre" if module[2] == "input" else "resid_post")
         hint = ""

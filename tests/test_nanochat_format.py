@@ -15,7 +15,7 @@ from pipeline.compute.edits import Edit, edit
 from pipeline.compute.sae import Gate, Gated, JumpRelu, Relu, SparseAutoencoder, TopK
 from pipeline.errors import ArgumentError, CheckpointError
 from pipeline.io.checkpoints import load_sae
-from pipeline.io.checkpoints.nanochat import load_saes, save_sae
+from pipeline.io.checkpoints.nanochat import canonical, load_saes, save_sae
 
 D, F, K = 12, 40, 5
 HOOK = "blocks.3.hook_resid_post"
@@ -300,6 +300,94 @@ def test_files_of_the_old_serialisation_and_narrow_types_are_read(tmp_path: Path
     assert torch.equal(loaded.w_enc, state["W_enc"].float())
     torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
     assert torch.equal(load_sae(str(path)).sae.w_enc, loaded.w_enc)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("hook_attn", "hook_attn_out"), ("hook_mlp", "hook_mlp_out"), ("attn", "hook_attn_out"), ("mlp", "hook_mlp_out")],
+)
+def test_the_add_ons_names_of_hook_points_are_read(name: str, meant: str, tmp_path: Path) -> None:
+    given, known = f"blocks.3.{name}", f"blocks.3.{meant}"
+    path = write(tmp_path / "a.pt", hook_point=given)
+    assert list(load_saes(tmp_path)) == list(load_saes(tmp_path, hook_points=[given])) == [known]
+    assert load_saes(tmp_path, hook_points=["blocks.3.hook_resid_post"]) == {}
+    assert str(load_sae(str(path)).hook_point) == known
+    with pytest.raises(ValueError, match=r"hook point 'blocks\.3\.out' is not known"):
+        load_saes(tmp_path, hook_points=["blocks.3.out"])
+
+
+def test_one_bad_file_does_not_spoil_a_directory_and_only_bad_ones_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = write(tmp_path / "a" / "best_model.pt", config=config_of("topk", k=0), seed=1)
+    with pytest.raises(CheckpointError, match="gives k as 0"):
+        load_saes(tmp_path)
+    write(tmp_path / "a" / "checkpoint_step9.pt", seed=2)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "best_model.pt").write_bytes(b"cut short")
+    torch.save({"something": 1}, tmp_path / "checkpoint_1.pt")
+    assert torch.equal(load_saes(tmp_path)[HOOK].w_dec, state_of("topk", 2)["W_dec"])
+    for name in (str(bad), "b/best_model.pt", "checkpoint_1.pt is no nanochat SAE"):
+        assert name in caplog.text
+    assert caplog.text.count("skipping a file that is not sound") == 3
+    (tmp_path / "a" / "checkpoint_step9.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"\(2 more files are not sound\)"):
+        load_saes(tmp_path)
+
+
+class AddOnConfig:
+    """The part of the add-on's config that we meet."""
+
+    def __init__(self, **changes: Any):
+        vars(self).update(config_of("topk") | changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class AddOnSae(torch.nn.Module):
+    """The add-on's SAE: parameters of these names, and `encode` before the gate."""
+
+    def __init__(self, activation: str, config: Any):
+        super().__init__()
+        self.config = config
+        for name, tensor in state_of(activation).items():
+            self.register_parameter(name, torch.nn.Parameter(tensor))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x @ self.W_enc + self.b_enc
+
+    def get_feature_activations(self, x: Tensor) -> Tensor:
+        return literal(self.config.activation, self.state_dict(), x).float()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_objects_of_the_add_on_are_taken_as_they_are(activation: str, tmp_path: Path) -> None:
+    config = AddOnConfig(activation=activation)
+    sae = AddOnSae(activation, config)
+    expected = literal(activation, state_of(activation), X.flatten(0, 1)).clamp(min=0).float()
+    torch.testing.assert_close(dense(canonical(sae)), expected, rtol=1e-5, atol=1e-5)
+    assert not canonical(sae).w_enc.requires_grad
+    save_sae(sae, config, tmp_path / "a.pt", step=3)
+    loaded = load_sae(str(tmp_path / "a.pt"))
+    assert loaded.metadata == config.to_dict() | {"hook_name": HOOK}
+    torch.testing.assert_close(dense(loaded.sae), expected, rtol=1e-5, atol=1e-5)
+    save_sae(loaded, config, tmp_path / "b.pt")
+    assert torch.equal(dense(load_sae(str(tmp_path / "b.pt")).sae), dense(loaded.sae))
+
+
+def test_other_objects_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    sae = AddOnSae("topk", AddOnConfig(d_in=13))
+    for wrong, why in (
+        (sae, r"W_enc is \(12, 40\); expected"),
+        (torch.nn.Linear(2, 2), "its|it is a NoneType"),
+        (3, ""),
+    ):
+        with pytest.raises(ValueError, match=rf"cannot be taken as an SAE: .*{why}.*give what load_sae makes of that"):
+            canonical(wrong)
+    with pytest.raises(ValueError, match="config cannot be saved: it is a str; expected a mapping"):
+        save_sae(AddOnSae("topk", AddOnConfig()), "config", tmp_path / "a.pt")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_directories_and_foreign_files_are_refused(tmp_path: Path) -> None:

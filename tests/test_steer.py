@@ -1,5 +1,6 @@
 """Edits against the formula written out, and the two jobs that make them: steered text, and what ablation costs."""
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -322,6 +323,32 @@ def test_kl_and_codes_are_those_of_the_model_run_by_hand(
     sizes = [abs(one.steered - one.unsteered) for one in late.values()]
     assert sizes == sorted(sizes, reverse=True)
     assert not [one for one in got.changed if str(one.site.hook_point) != LATE]  # the other SAE reads upstream
+
+
+def test_the_checkpoints_way_to_generate_does_not_shape_the_comparison_but_its_end_tokens_do(
+    steered: Callable[..., SteerConfig], model_dir: Path, tmp_path: Path
+) -> None:
+    plain = steer_flow.steer(steered())
+    for name, settings in {
+        "habits": {"num_beams": 3, "repetition_penalty": 1.8, "forced_eos_token_id": 9, "min_new_tokens": 2},
+        "end": {"eos_token_id": [plain_id(plain, model_dir)]},
+    }.items():
+        folder = shutil.copytree(model_dir, tmp_path / name)
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+        config = steered()
+        again = steer_flow.steer(
+            config.model_copy(update={"model": config.model.model_copy(update={"id": str(folder)})})
+        )
+        if name == "habits":
+            assert (again.unsteered, again.steered) == (plain.unsteered, plain.steered)
+        else:
+            assert len(again.unsteered.tokens) < len(plain.unsteered.tokens)
+
+
+def plain_id(plain: steer_flow.Steering, model_dir: Path) -> int:
+    """A token of the plain continuation."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    return next(i for i in range(len(tokenizer)) if tokenizer.decode([i]) == plain.unsteered.tokens[-2])
 
 
 def test_sampling_starts_both_texts_from_one_seed(steered: Callable[..., SteerConfig]) -> None:

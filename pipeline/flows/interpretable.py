@@ -1,12 +1,13 @@
 """A language model with SAEs attached: follow features while it runs, and steer it by editing their codes.
 
-Both are context managers around ordinary forwards or `generate`. They nest in any order and concern only the thread
-that entered them. Outside, the wrapper is the model, and no hook is set.
+Both are context managers around ordinary forwards or `generate`. They nest in any order and concern only the context
+that entered them (a thread, or a task of asyncio and those that it starts). Outside, the wrapper is the model, and no
+hook is set.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from logging import getLogger
 from typing import Any, get_args, overload
@@ -14,12 +15,14 @@ from typing import Any, get_args, overload
 import torch
 from torch import Tensor, nn
 
-from pipeline.compute.edits import EditLike, ErrorTerm, Mode, read_edits
+from pipeline.compute.edits import Edit, EditLike, ErrorTerm, Mode, read_edits
 from pipeline.compute.positions import Positions, Selector, read_positions
 from pipeline.compute.sae import SparseAutoencoder
 from pipeline.compute.tracks import TopFeatures
 from pipeline.errors import ArgumentError, ConfigError
 from pipeline.io.attachment import Attachment, SteeredPositions, Steering, Tracking, When
+from pipeline.io.checkpoints.nanochat import canonical
+from pipeline.io.hooks import max_positions
 from pipeline.types import HookPoint
 
 SteeringConfig = Mapping[str, EditLike | Sequence[EditLike]]
@@ -40,14 +43,16 @@ class InterpretableModel(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        saes: Mapping[str, SparseAutoencoder],
+        saes: Mapping[str, Any],
         device: str | torch.device | None = None,
     ):
         """Wrap a model; nothing is attached to it yet.
 
         Args:
-            model: a decoder of transformers of any supported family, or nanochat's own GPT.
-            saes: one SAE for each hook point, named as in `blocks.10.hook_resid_post`.
+            model: a decoder of transformers of any supported family, also inside PEFT's wrappers, or nanochat's own
+                GPT.
+            saes: one SAE for each hook point, named as in `blocks.10.hook_resid_post`: as from `load_saes` or
+                `load_sae`, in canonical form, or an object of nanochat's SAE add-on.
             device: where the SAEs are put; by default with the model. They follow the activations.
 
         Raises:
@@ -56,15 +61,48 @@ class InterpretableModel(nn.Module):
         super().__init__()
         self.model = model
         self._has_warned = False
-        self.device = torch.device(device) if device is not None else _device_of(model)
-        points = {str(name): _parse(str(name)) for name in saes}
+        self._attach({str(name): canonical(sae) for name, sae in saes.items()}, device)
+
+    def _attach(self, saes: Mapping[str, SparseAutoencoder], device: str | torch.device | None) -> None:
+        points = {name: _parse(name) for name in saes}
         if len(set(points.values())) < len(points):
             raise ArgumentError(f"two of the SAEs {', '.join(points)} read the same hook point; expected one each")
-        here = {str(name): sae.to(self.device) for name, sae in saes.items()}
+        where = torch.device(device) if device is not None else self.device
+        if where.type != "meta":  # weights that are kept elsewhere until they are needed
+            saes = {name: sae.to(where) for name, sae in saes.items()}
         try:
-            self._attachment = Attachment(model, here, points)
+            self._attachment = Attachment(self.model, saes, points)
         except ConfigError as error:
             raise ArgumentError(str(error)) from error
+
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapper has not is the model's: `config`, `dtype`, `generation_config`, `save_pretrained`, …"""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or name.startswith("_attachment"):
+                raise
+            return getattr(self.model, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a file holds: the model and the SAEs, not what was tracked.
+
+        Inside a block the model's hooks refuse to be copied.
+        """
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name != "_attachment"} | {"saes": self.saes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Attach the SAEs to the copied model."""
+        state = dict(state)
+        saes = state.pop("saes")
+        super().__setstate__(state)
+        self._attach(saes, next((sae.w_enc.device for sae in saes.values()), None))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return _device_of(self.model)
 
     @property
     def saes(self) -> dict[str, SparseAutoencoder]:
@@ -72,7 +110,12 @@ class InterpretableModel(nn.Module):
         return self._attachment.saes
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward."""
+        """The model's own forward.
+
+        Raises:
+            ArgumentError: if the input is longer than the positions that the model has.
+        """
+        self._check_length(args, kwargs)
         return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,8 +123,9 @@ class InterpretableModel(nn.Module):
 
         Raises:
             ArgumentError: if beams, or other ways to generate whose result is not the rows that ran, are asked for
-                while features are tracked.
+                while features are tracked, or if the prompt is longer than the positions that the model has.
         """
+        self._check_length(args, kwargs)
         return self.model.generate(*args, **kwargs)  # type: ignore[operator]  # nn.Module types attributes as tensors
 
     @contextmanager
@@ -123,11 +167,13 @@ class InterpretableModel(nn.Module):
         """
         if error_term not in get_args(ErrorTerm):
             raise ArgumentError(f"error_term is {error_term!r}; expected {' or '.join(get_args(ErrorTerm))}")
-        edits = {}
+        edits: dict[str, tuple[Edit, ...]] = {}
         for hook_point, given in steering_config.items():
-            name = str(hook_point)
-            if name not in self.saes:
-                raise ArgumentError(f"No SAE for hook point: {name}")
+            name = self._name_of(hook_point)
+            if name is None:
+                raise ArgumentError(f"No SAE for hook point: {hook_point}")
+            if name in edits:
+                raise ArgumentError(f"steering names {name} twice; give its edits as one list")
             try:
                 edits[name] = read_edits(given, self.saes[name].num_features)
             except ArgumentError as error:
@@ -169,7 +215,7 @@ class InterpretableModel(nn.Module):
         hook_point, feature = feature_id
         edits: SteeringConfig = {hook_point: (feature, strength, mode)}
         with self.steering_enabled(edits, error_term=error_term, positions=positions):
-            return self.model(input_ids, **kwargs)
+            return self(input_ids, **kwargs)
 
     @overload
     def get_active_features(self, hook_point: str | None = None, top_k: None = None) -> dict[str, Tensor]: ...
@@ -183,7 +229,7 @@ class InterpretableModel(nn.Module):
     def get_active_features(
         self, hook_point: str | None = None, top_k: int | None = None
     ) -> dict[str, Tensor] | dict[str, TopFeatures]:
-        """What this thread tracked last, by hook point.
+        """What this context (else its thread) tracked last, by hook point.
 
         Args:
             hook_point: only this one.
@@ -201,21 +247,41 @@ class InterpretableModel(nn.Module):
             raise RuntimeError("No features available. Use interpretation_enabled() context manager.")
         tracks = tracking.sequences.read()
         if hook_point is not None:
-            if str(hook_point) not in tracks:
+            name = self._name_of(hook_point)
+            if name not in tracks:
                 raise ArgumentError(f"No features for hook point: {hook_point}")
-            tracks = {str(hook_point): tracks[str(hook_point)]}
+            tracks = {name: tracks[name]}
         if top_k is None:
             return {name: track.sparse() for name, track in tracks.items()}
         if top_k < 1:
             raise ArgumentError(f"top_k is {top_k}; expected at least 1")
         return {name: track.top(top_k) for name, track in tracks.items()}
 
+    def _name_of(self, hook_point: object) -> str | None:
+        """How the SAEs name a hook point that may be spelled otherwise; None if none is there."""
+        given = str(hook_point)
+        if given in self.saes:
+            return given
+        with suppress(ConfigError):
+            point = HookPoint.parse(given)
+            return next((name for name in self.saes if _parse(name) == point), None)
+        return None
+
+    def _check_length(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Refuse an input for which the model has no positions, before it fails somewhere inside."""
+        most = max_positions(self.model)
+        given = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs", kwargs.get("inputs_embeds")))
+        if most and isinstance(given, Tensor) and given.ndim > 1 and given.shape[1] > most:
+            raise ArgumentError(
+                f"the input has {given.shape[1]} tokens, but the model has {most} positions; give a shorter one"
+            )
+
     def clear_active_features(self) -> None:
-        """Forget what this thread tracked."""
+        """Forget what this context tracked."""
         self._attachment.forget()
 
     def get_steered_positions(self) -> dict[str, SteeredPositions]:
-        """How many tokens the steering of this thread touched and saw, by hook point.
+        """How many tokens the steering of this context touched and saw, by hook point.
 
         Of the block that it is in, else of the last one.
 
@@ -295,6 +361,6 @@ def _say_if_idle(frame: Steering) -> None:
         what = (
             f"none of {positions.seen} positions: {_why_idle(frame, name, positions.seen)}"
             if positions.seen
-            else "nothing: no forward of this model ran in this thread inside the block"
+            else "nothing: no forward of this model ran in this context inside the block"
         )
         _log.warning("steering at %s touched %s", name, what)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.compute.codes import empty
+from pipeline.compute.codes import Codes, empty, sorted_codes
 from pipeline.compute.prompts import (
     FeatureRanking,
     PromptCodes,
@@ -27,7 +27,8 @@ from pipeline.compute.prompts import (
 from pipeline.compute.sae import SparseAutoencoder
 from pipeline.errors import ConfigError
 from pipeline.io.checkpoints import LoadedSae
-from pipeline.io.hooks import RESIDUAL, Captures, blocks_of, capture_residual, taps_of
+from pipeline.io.checkpoints.nanochat import canonical
+from pipeline.io.hooks import RESIDUAL, Captures, blocks_of, capture_residual, max_positions, taps_of
 from pipeline.io.soundness import check_ids
 from pipeline.steps.demands import centring_of
 from pipeline.types import HookPoint
@@ -52,7 +53,7 @@ __all__ = [
 def encode_prompts(
     model: nn.Module,
     tokenizer: Any,
-    sae: LoadedSae | SparseAutoencoder,
+    sae: Any,
     prompts: Sequence[str],
     layer_idx: int,
     *,
@@ -68,7 +69,7 @@ def encode_prompts(
 def top_features_for_prompt(
     model: nn.Module,
     tokenizer: Any,
-    sae: LoadedSae | SparseAutoencoder,
+    sae: Any,
     prompt: str,
     layer_idx: int,
     top_n: int = 10,
@@ -88,7 +89,7 @@ def top_features_for_prompt(
 def observe_prompts(
     model: nn.Module,
     tokenizer: Any,
-    sae: LoadedSae | SparseAutoencoder,
+    sae: Any,
     prompts: Sequence[str],
     layer_idx: int,
     *,
@@ -104,7 +105,7 @@ def observe_prompts(
     Args:
         model: a decoder with a transformers config.
         tokenizer: of that model; its padding side and padding token do not matter.
-        sae: as from `load_sae`, or in canonical form.
+        sae: as from `load_sae`, in canonical form, or any object whose `encode(h)` gives the codes (N, F) of (N, D).
         prompts: texts, tokenized as the tokenizer does by itself; one that brings its own BOS gets no second.
         layer_idx: the block whose output is read, or whose stream, if the SAE says that it belongs to another.
         apply_chat_template: put each prompt as one user's message into the chat template, and let the assistant's
@@ -112,33 +113,33 @@ def observe_prompts(
         batch_size: prompts of one forward pass.
 
     Raises:
-        ValueError: if a prompt has no tokens, or an activation is NaN or infinite, by the prompt's index.
+        ValueError: if a prompt has no tokens or more than the model has positions, or an activation is NaN or infinite,
+            by the prompt's index.
         ConfigError: if the SAE belongs to another layer or is not as wide as the activations, or a prompt has a token
             that the model does not know.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts is one string; expected a sequence of them")
-    point, canonical = _site(sae, layer_idx)
+    point, encoder = _site(sae, layer_idx)
     if isinstance(sae, LoadedSae) and (found := centring_of(sae, model)):
         _log.warning("%s: %s", point, found.text)
     ids = _token_ids(tokenizer, prompts, apply_chat_template)
     num_embeddings = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # nn.Module types it a tensor
     for row in ids:
         check_ids(int(row.max()), num_embeddings, lambda: len(tokenizer), lambda token: tokenizer.decode([token]))
-    codes = empty()
+    _check_lengths(model, ids)
+    codes, num_features = empty(), encoder.num_features if isinstance(encoder, SparseAutoencoder) else 0
     if ids:
         x = _last_activations(model, ids, point, batch_size)
-        if x.shape[1] != canonical.width:
-            raise ConfigError(
-                f"the SAE is {canonical.width} wide, but {point} of this model is {x.shape[1]} wide; is it the SAE of "
-                "another model or hook point?"
-            )
         with torch.inference_mode():
-            codes = canonical.encode(x.to(canonical.w_enc.device)[:, None], signed=True)
+            if isinstance(encoder, SparseAutoencoder):
+                codes = _encode(encoder, x, point)
+            else:
+                codes, num_features = _encode_elsewhere(encoder, x)
     return PromptCodes(
         codes=codes,
         num_prompts=len(ids),
-        num_features=canonical.num_features,
+        num_features=num_features,
         hook_point=str(point),
         last_token_ids=np.array([int(row[-1]) for row in ids], np.int64),
         apply_chat_template=apply_chat_template,
@@ -146,14 +147,50 @@ def observe_prompts(
     )
 
 
-def _site(sae: LoadedSae | SparseAutoencoder, layer_idx: int) -> tuple[HookPoint, SparseAutoencoder]:
-    if isinstance(sae, SparseAutoencoder):
-        return HookPoint(layer_idx, "resid_post"), sae
-    if not isinstance(sae, LoadedSae):
-        raise TypeError(f"sae is a {type(sae).__name__}; expected what load_sae returns, or its .sae")
-    if sae.hook_point.layer != layer_idx:
-        raise ConfigError(f"layer_idx is {layer_idx}, but the SAE {sae.name} belongs to {sae.hook_point}")
-    return sae.hook_point, sae.sae
+def _site(sae: Any, layer_idx: int) -> tuple[HookPoint, Any]:
+    """Where an SAE reads, and what encodes: itself in canonical form, or the object as it is."""
+    if isinstance(sae, LoadedSae):
+        if sae.hook_point.layer != layer_idx:
+            raise ConfigError(f"layer_idx is {layer_idx}, but the SAE {sae.name} belongs to {sae.hook_point}")
+        return sae.hook_point, sae.sae
+    if isinstance(sae, torch.nn.Module) and hasattr(sae, "get_feature_activations"):
+        sae = canonical(sae)  # nanochat's add-on, whose encode gives what the gate has not seen yet
+    if not isinstance(sae, SparseAutoencoder) and not callable(getattr(sae, "encode", None)):
+        raise TypeError(
+            f"sae is a {type(sae).__name__}; expected what load_sae returns, or its .sae, or an object with encode(h)"
+        )
+    return HookPoint(layer_idx, "resid_post"), sae
+
+
+def _encode(sae: SparseAutoencoder, x: Tensor, point: HookPoint) -> Codes:
+    if x.shape[1] != sae.width:
+        raise ConfigError(
+            f"the SAE is {sae.width} wide, but {point} of this model is {x.shape[1]} wide; is it the SAE of another "
+            "model or hook point?"
+        )
+    return sae.encode(x.to(sae.w_enc.device)[:, None], signed=True)
+
+
+def _encode_elsewhere(sae: Any, x: Tensor) -> tuple[Codes, int]:
+    """The codes of an object with `encode(h)`, which takes (N, D) and gives (N, F); and F."""
+    weight = next(iter(sae.parameters()), x) if isinstance(sae, nn.Module) else x.float()
+    z = sae.encode(x.to(weight.device, weight.dtype))
+    if not isinstance(z, Tensor) or z.ndim != 2 or len(z) != len(x):
+        got = tuple(z.shape) if isinstance(z, Tensor) else f"a {type(z).__name__}"
+        raise ValueError(f"encode of {type(sae).__name__} gave {got} for {tuple(x.shape)}; expected a tensor (N, F)")
+    z = z.to_dense().float().cpu() if z.layout != torch.strided else z.float().cpu()
+    if not torch.isfinite(z).all():
+        raise ValueError(f"encode of {type(sae).__name__} gave NaN or infinite codes")
+    row, feature = z.nonzero(as_tuple=True)
+    codes = sorted_codes(feature.int().numpy(), row.numpy(), z[row, feature].numpy(), num_positions=1)
+    return codes, z.shape[1]
+
+
+def _check_lengths(model: Any, ids: Sequence[Tensor]) -> None:
+    most = max_positions(model)
+    for index, row in enumerate(ids):
+        if most and len(row) > most:
+            raise ValueError(f"prompt {index} has {len(row)} tokens, but the model has {most} positions")
 
 
 def _token_ids(tokenizer: Any, prompts: Sequence[str], apply_chat_template: bool) -> list[Tensor]:

@@ -16,6 +16,7 @@ from pipeline.flows.interpretable import InterpretableModel
 from pipeline.io import device
 from pipeline.io.attachment import SteeredPositions
 from pipeline.io.device import choose_device
+from pipeline.io.generation import clear_settings
 from pipeline.io.tokenizer import Tokenizer
 from pipeline.steps.reader import Reader
 from pipeline.types import HookPoint, SiteKey
@@ -90,6 +91,7 @@ def steer(config: SteerConfig) -> Steering:
     sites = _sites(reader)
     edits = _edits(config, sites, reader)
     masks = MasksConfig() if config.catalog.name is None else _check_alive(config, edits, sites, reader)
+    clear_settings(reader.model)
     model = InterpretableModel(reader.model.inner, {str(key.hook_point): sae for key, sae in reader.saes.items()})
     start = _prompt_ids(reader.tokenizer, config.prompt)
     reader.model.check_ids(start)

@@ -165,11 +165,6 @@ class Attachment:
         """Whether this context collects codes now."""
         return any(isinstance(frame, Tracking) for frame in self._here.frames)
 
-    @property
-    def is_open(self) -> bool:
-        """Whether any context tracks or steers now."""
-        return bool(self._open)
-
     def forget(self) -> None:
         """Drop the codes that this context has collected."""
         for frame in self._here.frames:

@@ -67,9 +67,8 @@ def generate(
     """
     from transformers import GenerationConfig
 
+    clear_settings(model)
     ends = end_ids(model)
-    # What is not said in `config` is taken from the checkpoint's own: penalties, beams, time limits, stop strings.
-    model.inner.generation_config = GenerationConfig(eos_token_id=ends or None)
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -87,6 +86,17 @@ def generate(
     if deadline is not None and time.monotonic() > deadline:
         raise DeadlineError("the continuation was not done in time; ask for fewer gen_tokens")
     return [_until_end(row, ends) for row in whole[:, longest:].tolist()]
+
+
+def clear_settings(model: LanguageModel) -> None:
+    """Drop how the checkpoint wants to generate, but for its end tokens.
+
+    What a call of `generate` does not say is taken from there: penalties, beams, forced tokens, time limits, stop
+    strings.
+    """
+    from transformers import GenerationConfig
+
+    model.inner.generation_config = GenerationConfig(eos_token_id=end_ids(model) or None)
 
 
 def end_ids(model: LanguageModel) -> list[int]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
+from pipeline.io.eager import eager
 from pipeline.types import HookPoint, Stream
 
 
@@ -157,8 +158,10 @@ class Captures:
         self._whole = False
         self._got: dict[HookPoint, Tensor] = {}
         self._handles: list[Any] = []
+        self._eager = contextlib.ExitStack()
 
     def __enter__(self) -> "Captures":
+        self._eager.enter_context(eager(self._blocks.modules()))
         taps = [(point, *self._taps[point.stream]) for point in self._points]
         modules = [self._blocks[point.layer].get_submodule(path) for point, path, _ in taps]
         for (point, _, side), module in zip(taps, modules, strict=True):
@@ -173,6 +176,7 @@ class Captures:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._eager.close()
 
     def _keep(self, point: HookPoint, value: Any) -> None:
         self._got[point] = value[0] if isinstance(value, tuple) else value
@@ -201,6 +205,7 @@ class Captures:
         self._got, self._missing, self._whole = {}, set(self._points), False
         with contextlib.suppress(_Stop), torch.inference_mode():
             model(input_ids=input_ids, use_cache=False)
+        self._check()
         return self._got
 
     def run_whole(self, model: nn.Module, input_ids: Tensor) -> tuple[dict[HookPoint, Tensor], Tensor]:
@@ -208,7 +213,27 @@ class Captures:
         self._got, self._missing, self._whole = {}, set(self._points), True
         with torch.inference_mode():
             output = model(input_ids=input_ids, use_cache=False)
+        self._check()
         return self._got, output.last_hidden_state
+
+    def _check(self) -> None:
+        if self._missing:
+            raise ConfigError(
+                f"the forward did not pass {', '.join(map(str, sorted(self._missing)))}; models that run as one graph "
+                "(CUDA graphs, torch.jit, torch.export) cannot be read: use the model as it was before"
+            )
+
+
+def max_positions(model: nn.Module) -> int:
+    """Tokens after which a model fails: it has a table of positions (GPT-2), or of rotations (nanochat's own GPT).
+
+    0 where positions are computed, as in all other families; beyond what they were trained on these go on.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] == "wpe":
+            return module.num_embeddings
+    cos = getattr(model, "cos", None)
+    return cos.shape[1] if isinstance(cos, Tensor) and cos.ndim == 4 else 0
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
@@ -237,8 +262,9 @@ def capture_residual(model: nn.Module, layer_idx: int) -> Iterator[dict[str, Ten
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         bucket["h"] = output[0] if isinstance(output, tuple) else output
 
-    handle = blocks[layer_idx].register_forward_hook(hook)
-    try:
-        yield bucket
-    finally:
-        handle.remove()
+    with eager(blocks.modules()):
+        handle = blocks[layer_idx].register_forward_hook(hook)
+        try:
+            yield bucket
+        finally:
+            handle.remove()

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -80,7 +81,7 @@ def load_saes(
 
     Looks for `best_model.pt` and `checkpoint_*.pt` at any depth, else for `*.pt` in the directory itself. Of
     several files for one hook point the best model is taken, else the checkpoint with the highest step. What was
-    taken and what was passed over is logged.
+    taken and what was passed over is logged; a file that is not sound is skipped with a warning that names it.
 
     Args:
         sae_dir: the directory.
@@ -89,27 +90,53 @@ def load_saes(
 
     Raises:
         ArgumentError: if there is no such directory; also a ValueError.
-        CheckpointError: if a file is not sound, or two claim one hook point with equal right.
+        CheckpointError: if no file is sound, or two claim one hook point with equal right.
     """
     folder = Path(sae_dir).expanduser()
     if not folder.is_dir():
         raise ArgumentError(f"SAE directory does not exist: {sae_dir}")
+    wanted = None if hook_points is None else {str(_point(name)) for name in hook_points}
     saes = {}
-    for hook_point, found in sorted(_choose(folder, hook_points).items()):
-        saes[hook_point] = _sae(found).to(torch.device(device))
+    for hook_point, (found, sae) in sorted(_choose(folder, wanted).items()):
+        saes[hook_point] = sae.to(torch.device(device))
         _log.info("loaded the SAE for %s from %s", hook_point, found.path)
     if not saes:
         _log.warning("no SAEs found in %s%s", sae_dir, "" if hook_points is None else f" for {', '.join(hook_points)}")
     return saes
 
 
-def save_sae(sae: SparseAutoencoder, config: Mapping[str, Any], save_path: str | Path, **metadata: Any) -> None:
+def canonical(sae: Any) -> SparseAutoencoder:
+    """An SAE in canonical form: one that is in it, what `load_sae` returns, or an object of nanochat's SAE add-on.
+
+    Raises:
+        ArgumentError: if it is none of these, or a tensor of it does not fit; also a ValueError.
+    """
+    if isinstance(sae, SparseAutoencoder):
+        return sae
+    if isinstance(inner := getattr(sae, "sae", None), SparseAutoencoder):
+        return inner
+    state = sae.state_dict() if isinstance(sae, torch.nn.Module) else {}
+    try:
+        config = _mapping(getattr(sae, "config", None))
+        if not {"W_enc", "b_enc", "W_dec", "b_dec"} <= state.keys() or "activation" not in config:
+            raise CheckpointError("expected an SAE of load_saes or load_sae, or of nanochat's SAE add-on")
+        return _sae(_File(Path(type(sae).__name__), config, state, None))
+    except CheckpointError as error:
+        raise ArgumentError(
+            f"a {type(sae).__name__} cannot be taken as an SAE: {error}; save it in its own format and give what "
+            "load_sae makes of that"
+        ) from error
+
+
+def save_sae(sae: Any, config: Any, save_path: str | Path, **metadata: Any) -> None:
     """Write an SAE as a nanochat checkpoint, with its config also in `<stem>.config.json`.
 
     Args:
-        sae: relu, topk or gated, without input normalisation; a pre-encoder bias is folded into b_enc.
-        config: JSON values; `hook_point` is required; `d_in`, `d_sae`, `activation` and `k` are filled in, as is
-            `postact` for a topk or gated SAE that ends in a ReLU, and must be right where they are given.
+        sae: relu, topk or gated, without input normalisation, or whatever `canonical` takes; a pre-encoder bias is
+            folded into b_enc.
+        config: a mapping of JSON values, or an object with `to_dict()` that gives one, as the add-on's; `hook_point` is
+            required; `d_in`, `d_sae`, `activation` and `k` are filled in, as is `postact` for a topk or gated SAE that
+            ends in a ReLU, and must be right where they are given.
         save_path: of the `.pt` file.
         metadata: kept under the key `metadata` of the file.
 
@@ -119,8 +146,13 @@ def save_sae(sae: SparseAutoencoder, config: Mapping[str, Any], save_path: str |
     path = Path(save_path)
     if path.suffix != ".pt":
         raise ArgumentError(f"save_path is {save_path}; expected a file that ends in .pt")
-    tensors, facts = _state(sae)
-    facts |= {"postact": sae.gate.postact} if isinstance(sae.gate, TopK | Gated) else {}
+    plain = canonical(sae)
+    tensors, facts = _state(plain)
+    facts |= {"postact": plain.gate.postact} if isinstance(plain.gate, TopK | Gated) else {}
+    try:
+        config = _mapping(config)
+    except CheckpointError as error:
+        raise ArgumentError(f"config cannot be saved: {error}") from error
     wrong = {key: config[key] for key in facts if config.get(key) not in (None, facts[key])}
     if wrong:
         raise ArgumentError(f"config says {wrong}, but the SAE has { ({key: facts[key] for key in wrong}) }")
@@ -143,6 +175,17 @@ def save_sae(sae: SparseAutoencoder, config: Mapping[str, Any], save_path: str |
     finally:
         draft.unlink(missing_ok=True)
     _config_paths(path)[0].write_text(body + "\n")
+
+
+def _mapping(config: Any) -> dict[str, Any]:
+    """A config as a mapping: one, a dataclass, or an object with `to_dict()`."""
+    if callable(getattr(config, "to_dict", None)):
+        config = config.to_dict()
+    elif is_dataclass(config) and not isinstance(config, type):
+        config = asdict(config)
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"it is a {type(config).__name__}; expected a mapping, or an object with to_dict()")
+    return dict(config)
 
 
 def _state(sae: SparseAutoencoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -173,35 +216,70 @@ def _candidates(folder: Path) -> list[Path]:
     return sorted(named or folder.glob("*.pt"))
 
 
-def _choose(folder: Path, hook_points: Sequence[str] | None) -> dict[str, _File]:
-    """The file to read for each hook point."""
+def _choose(folder: Path, hook_points: set[str] | None) -> dict[str, tuple[_File, SparseAutoencoder]]:
+    """The file to read for each hook point, and its SAE."""
+    bad: list[CheckpointError] = []
+    chosen = {}
+    for hook_point, several in _by_hook_point(folder, hook_points, bad).items():
+        best = _best(hook_point, several, bad)
+        if best is not None:
+            chosen[hook_point] = best
+    if bad and not chosen:
+        more = "" if len(bad) == 1 else f" ({len(bad) - 1} more files are not sound)"
+        raise CheckpointError(f"{bad[0]}{more}")
+    for error in bad:
+        _log.warning("skipping a file that is not sound: %s", error)
+    return chosen
+
+
+def _by_hook_point(folder: Path, hook_points: set[str] | None, bad: list[CheckpointError]) -> dict[str, list[_File]]:
+    """The files that can be opened; the others go to `bad`."""
     found: dict[str, list[_File]] = {}
     for path in _candidates(folder):
-        file = _open(path)
+        try:
+            file = _open(path)
+        except CheckpointError as error:
+            bad.append(error)
+            continue
         if file is None:
             _log.warning("no config found for %s, skipping", path)
-            continue
-        if hook_points is None or file.config["hook_point"] in hook_points:
+        elif hook_points is None or file.config["hook_point"] in hook_points:
             found.setdefault(file.config["hook_point"], []).append(file)
-    chosen = {}
-    for hook_point, several in found.items():
-        several.sort(key=_right, reverse=True)
-        best, *others = several
+    return found
+
+
+def _best(hook_point: str, several: list[_File], bad: list[CheckpointError]) -> tuple[_File, SparseAutoencoder] | None:
+    """The first file by right that is sound, and its SAE; those before it go to `bad`."""
+    order = sorted(several, key=_right, reverse=True)
+    for place, best in enumerate(order):
+        others = order[place + 1 :]
         if others and _right(best) == _right(others[0]):
             raise CheckpointError(
                 f"{best.path} and {others[0].path} are both for {hook_point}, and neither is a later checkpoint; "
                 "remove one, or load the other with load_sae"
             )
+        try:
+            sae = _sae(best)
+        except CheckpointError as error:
+            bad.append(error)
+            continue
         for other in others:
             _log.info("%s is passed over: %s comes first for %s", other.path, best.path.name, hook_point)
-        chosen[hook_point] = best
-    return chosen
+        return best, sae
+    return None
 
 
 def _right(file: _File) -> tuple[bool, int]:
     """What a file goes by among those of one hook point: the best model, else the highest step."""
     step = re.fullmatch(r"checkpoint_\D*(\d+)\.pt", file.path.name)
     return file.path.name == _BEST, int(step[1]) if step else -1
+
+
+def _point(name: str) -> HookPoint:
+    try:
+        return HookPoint.parse(str(name))
+    except ConfigError as error:
+        raise ArgumentError(str(error)) from error
 
 
 def _config_paths(path: Path) -> tuple[Path, Path]:
@@ -249,7 +327,7 @@ def _checked_config(path: Path, config: Any) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"the config in {path} has no {', '.join(missing)}")
     try:
-        hook_point = str(HookPoint.parse(config["hook_point"]))
+        hook_point = str(HookPoint.parse(str(config["hook_point"])))
     except ConfigError as error:
         raise CheckpointError(f"the config in {path}: {error}") from error
     return config | {"hook_point": hook_point}
