@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.compute.sae import Gate, Gated, Postact, Relu, SparseAutoencoder, TopK
 from pipeline.errors import ArgumentError, CheckpointError, ConfigError
-from pipeline.io.checkpoints.files import read_torch
+from pipeline.io.checkpoints.files import positive, read_torch
 from pipeline.io.checkpoints.stated import Stated
 from pipeline.types import HookPoint
 
@@ -30,6 +30,8 @@ WEIGHTS = (_BEST, "*.pt")
 _OTHERS = (".sae.pt", "ae.pt")
 """Of files that other formats name so."""
 _ACTIVATIONS = "topk, relu, gated"
+_UNSAID: dict[str, Any] = {"postact": "identity", "codes_scale": 1.0, "codes_times_decoder_norm": False}
+"""What no config of the format says; `save_sae` says what differs: a gate's ReLU, and in what units codes are."""
 _log = getLogger(__name__)
 
 
@@ -109,7 +111,8 @@ def save_sae(sae: SparseAutoencoder, config: Mapping[str, Any], save_path: str |
     Args:
         sae: relu, topk or gated, without input normalisation; a pre-encoder bias is folded into b_enc.
         config: JSON values; `hook_point` is required; `d_in`, `d_sae`, `activation` and `k` are filled in, as is
-            `postact` for a topk or gated SAE that ends in a ReLU, and must be right where they are given.
+            `postact` for a topk or gated SAE that ends in a ReLU and the unit of codes that are not of raw
+            activations, and must be right where they are given.
         save_path: of the `.pt` file.
         metadata: kept under the key `metadata` of the file.
 
@@ -120,13 +123,12 @@ def save_sae(sae: SparseAutoencoder, config: Mapping[str, Any], save_path: str |
     if path.suffix != ".pt":
         raise ArgumentError(f"save_path is {save_path}; expected a file that ends in .pt")
     tensors, facts = _state(sae)
+    facts |= {"codes_scale": sae.scale, "codes_times_decoder_norm": sae.decoder_norm}
     facts |= {"postact": sae.gate.postact} if isinstance(sae.gate, TopK | Gated) else {}
     wrong = {key: config[key] for key in facts if config.get(key) not in (None, facts[key])}
     if wrong:
         raise ArgumentError(f"config says {wrong}, but the SAE has { ({key: facts[key] for key in wrong}) }")
-    if facts.get("postact") == "identity":
-        del facts["postact"]  # the format's own rule, which needs no word
-    whole = dict(config) | facts
+    whole = dict(config) | {key: value for key, value in facts.items() if value != _UNSAID.get(key)}
     try:
         _checked_config(path, whole)
         body = json.dumps(whole, indent=2)
@@ -281,6 +283,8 @@ def _sae(file: _File) -> SparseAutoencoder:
         w_dec=tensors["W_dec"],
         b_dec=tensors["b_dec"],
         gate=gate,
+        scale=positive(file.path, config.get("codes_scale", 1.0), "codes_scale"),
+        decoder_norm=config.get("codes_times_decoder_norm") is True,
     )
 
 
