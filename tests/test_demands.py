@@ -1,19 +1,25 @@
 """What SAEs were trained with and a run lacks is said, with what to set; what surely changes numbers is an error."""
 
+import json
 import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from pipeline.compute.sae import Relu, SparseAutoencoder
-from pipeline.config import MasksConfig
+from pipeline.config import AnalyzeConfig, MasksConfig
 from pipeline.errors import CheckpointError
+from pipeline.flows.analyze import analyze
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.steps import preflight
 from pipeline.steps.demands import Run, demands
 from pipeline.types import HookPoint, SiteKey, Stream
 
+MakeConfig = Callable[..., AnalyzeConfig]
 CENTRED = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
 
 
@@ -106,6 +112,25 @@ def test_what_a_run_lacks_is_one_sentence_with_what_to_set(
     ((found, error),) = said(metadata, **changes)
     assert text in found
     assert error == is_error
+
+
+def test_an_analysis_says_what_its_sae_was_trained_with_and_refuses_when_asked(
+    analyze_config: MakeConfig, sae_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(sae_dirs["late"], tmp_path / "late")
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"] |= {"seqpos_slice": [3, None], "context_size": 16, "dataset_path": "some/texts"}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    said: list[str] = []
+    given: dict[str, Any] = {"saes": [{"path": str(folder)}], "corpus": {"max_tokens": 300}}
+    found = analyze(analyze_config(tmp_path / "runs", preflight="warn", **given), said.append).catalog
+    warnings = [line for line in said if line.startswith("warning: ")]
+    assert any("masks.first_positions=3 would match" in line for line in warnings)
+    assert any("trained on some/texts; corpus.source=some/texts would match" in line for line in warnings)
+    assert found.units == {"blocks.1.hook_resid_post/late": "raw activations"}
+    with pytest.raises(CheckpointError, match=r"masks\.first_positions=3") as refused:
+        analyze(analyze_config(tmp_path / "others", preflight="refuse", **given), said.append)
+    assert "some/texts" not in str(refused.value)
 
 
 @pytest.mark.parametrize("stream", ["attn_z", "mlp_post", "mlp_in"])

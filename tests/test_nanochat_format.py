@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pipeline
 from pipeline.compute.edits import Edit, edit
-from pipeline.compute.sae import Gate, Gated, JumpRelu, Relu, SparseAutoencoder, TopK
+from pipeline.compute.sae import CodeUnit, Gate, Gated, JumpRelu, Relu, SparseAutoencoder, TopK
 from pipeline.errors import ArgumentError, CheckpointError
 from pipeline.io.checkpoints import load_sae
 from pipeline.io.checkpoints.nanochat import canonical, load_saes, save_sae
@@ -105,11 +105,12 @@ def test_an_edit_sees_the_negative_codes_of_the_formula_too(activation: str, tmp
 
 
 @pytest.mark.parametrize("gate", [TopK(K), Gated(normal(F, seed=4), normal(F, seed=5), 0.3 * normal(F))])
-def test_a_gate_that_ends_in_a_relu_still_does_after_saving(gate: Gate, tmp_path: Path) -> None:
+def test_the_relu_of_a_gate_and_the_unit_of_codes_survive_saving(gate: Gate, tmp_path: Path) -> None:
     parts = {"w_enc": normal(D, F), "b_enc": torch.zeros(F), "w_dec": normal(F, D, seed=2), "b_dec": normal(D, seed=3)}
-    sae = SparseAutoencoder(**parts, gate=gate)
+    sae = SparseAutoencoder(**parts, gate=gate, scale=0.5, decoder_norm=True)
     save_sae(sae, {"hook_point": HOOK}, tmp_path / "a.pt")
     assert load_sae(str(tmp_path / "a.pt")).sae.gate.postact == "relu"
+    assert load_sae(str(tmp_path / "a.pt")).unit == sae.unit == CodeUnit("scaled", 0.5, decoder_norm=True)
     with pytest.raises(ArgumentError, match=r"config says \{'postact': 'identity'\}, but the SAE has"):
         save_sae(sae, {"hook_point": HOOK, "postact": "identity"}, tmp_path / "b.pt")
     with pytest.raises(CheckpointError, match="gives postact as 'tanh'; expected relu or identity"):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline.compute.sae import Gate, Gated, Postact, Relu, SparseAutoencoder, TopK
 from pipeline.errors import ArgumentError, CheckpointError, ConfigError
-from pipeline.io.checkpoints.files import read_torch
+from pipeline.io.checkpoints.files import positive, read_torch
 from pipeline.io.checkpoints.stated import Stated
 from pipeline.types import HookPoint
 
@@ -31,6 +31,8 @@ WEIGHTS = (_BEST, "*.pt")
 _OTHERS = (".sae.pt", "ae.pt")
 """Of files that other formats name so."""
 _ACTIVATIONS = "topk, relu, gated"
+_UNSAID: dict[str, Any] = {"postact": "identity", "codes_scale": 1.0, "codes_times_decoder_norm": False}
+"""What no config of the format says; `save_sae` says what differs: a gate's ReLU, and in what units codes are."""
 _log = getLogger(__name__)
 
 
@@ -136,7 +138,7 @@ def save_sae(sae: Any, config: Any, save_path: str | Path, **metadata: Any) -> N
             folded into b_enc.
         config: a mapping of JSON values, or an object with `to_dict()` that gives one, as the add-on's; `hook_point` is
             required; `d_in`, `d_sae`, `activation` and `k` are filled in, as is `postact` for a topk or gated SAE that
-            ends in a ReLU, and must be right where they are given.
+            ends in a ReLU and the unit of codes that are not of raw activations, and must be right where they are given.
         save_path: of the `.pt` file.
         metadata: kept under the key `metadata` of the file.
 
@@ -148,6 +150,7 @@ def save_sae(sae: Any, config: Any, save_path: str | Path, **metadata: Any) -> N
         raise ArgumentError(f"save_path is {save_path}; expected a file that ends in .pt")
     plain = canonical(sae)
     tensors, facts = _state(plain)
+    facts |= {"codes_scale": plain.scale, "codes_times_decoder_norm": plain.decoder_norm}
     facts |= {"postact": plain.gate.postact} if isinstance(plain.gate, TopK | Gated) else {}
     try:
         config = _mapping(config)
@@ -156,9 +159,7 @@ def save_sae(sae: Any, config: Any, save_path: str | Path, **metadata: Any) -> N
     wrong = {key: config[key] for key in facts if config.get(key) not in (None, facts[key])}
     if wrong:
         raise ArgumentError(f"config says {wrong}, but the SAE has { ({key: facts[key] for key in wrong}) }")
-    if facts.get("postact") == "identity":
-        del facts["postact"]  # the format's own rule, which needs no word
-    whole = dict(config) | facts
+    whole = dict(config) | {key: value for key, value in facts.items() if value != _UNSAID.get(key)}
     try:
         _checked_config(path, whole)
         body = json.dumps(whole, indent=2)
@@ -359,6 +360,8 @@ def _sae(file: _File) -> SparseAutoencoder:
         w_dec=tensors["W_dec"],
         b_dec=tensors["b_dec"],
         gate=gate,
+        scale=positive(file.path, config.get("codes_scale", 1.0), "codes_scale"),
+        decoder_norm=config.get("codes_times_decoder_norm") is True,
     )
 
 

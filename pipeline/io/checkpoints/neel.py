@@ -54,6 +54,8 @@ def read(weights: Path, tensors: Mapping[str, Tensor], _stated: Stated) -> tuple
         w_enc=w_enc.contiguous(), b_enc=b_enc, w_dec=w_dec.contiguous(), b_dec=b_dec, gate=Relu(), pre_bias=b_dec
     )
     trained = {"context_size": config["seq_len"]} if isinstance(config.get("seq_len"), int) else {}
+    if hook_name.endswith("hook_z"):
+        trained |= {"prepend_bos": True}  # no config of the release says it; SAELens does
     return sae, config | {"hook_name": hook_name} | trained
 
 

@@ -20,6 +20,7 @@ from pipeline.io.checkpoints.stated import Stated
 WEIGHTS = ("layer{layer}.sae.pt",)
 FILES = WEIGHTS
 _LAYER = re.compile(r"layer(\d+)\.sae\.pt")
+_NAMED_MODEL = re.compile(r"SAE-Res-(.+)-W\d+K-L0_\d+")
 _NAMED_K = re.compile(r"L0_(\d+)")
 
 
@@ -45,4 +46,6 @@ def read(weights: Path, tensors: Mapping[str, Tensor], stated: Stated) -> tuple[
     gate = TopK(chosen, postact="identity")
     sae = SparseAutoencoder(w_enc=w_enc, b_enc=b_enc, w_dec=w_dec, b_dec=b_dec, gate=gate)
     layer = _LAYER.fullmatch(weights.name)
-    return sae, {"hook_name": f"blocks.{layer[1]}.hook_resid_post"} if layer else {}
+    about = {"hook_name": f"blocks.{layer[1]}.hook_resid_post"} if layer else {}
+    model = next((found for part in reversed(weights.parts) if (found := _NAMED_MODEL.search(part))), None)
+    return sae, about | ({"model_name": model[1]} if model else {})

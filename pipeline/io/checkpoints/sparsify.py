@@ -52,7 +52,8 @@ def read(weights: Path, tensors: Mapping[str, Tensor], _stated: Stated) -> tuple
     sae = SparseAutoencoder(w_enc=w_enc, b_enc=b_enc, w_dec=w_dec, b_dec=b_dec, gate=gate, pre_bias=b_dec)
     run = _run_config(folder)
     about = {"hook_name": _hook_name(folder, str(run.get("model"))), "model_name": run.get("model")}
-    return sae, about | {"context_size": run.get("ctx_len")}
+    excluded = {"exclude_special_tokens": run["exclude_tokens"]} if run.get("exclude_tokens") else {}
+    return sae, about | {"context_size": run.get("ctx_len"), "dataset_path": run.get("dataset")} | excluded
 
 
 def _run_config(folder: Path) -> dict[str, Any]:
