@@ -1,6 +1,7 @@
 """A model with SAEs attached: outside it is the model; inside, codes are followed and edited, and nothing is left."""
 
 import gc
+import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import pytest
 import torch
 from test_hooks import LAYOUTS, NUM_LAYERS, TINY, Tiny, build, num_hooks
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
 from pipeline.compute.edits import Edit
 from pipeline.compute.sae import JumpRelu, SparseAutoencoder, TopK
@@ -24,6 +25,8 @@ from pipeline.types import HookPoint
 D, F = int(TINY["hidden_size"]), 40
 PRE, MID, POST = (f"blocks.1.hook_resid_{where}" for where in ("pre", "mid", "post"))
 IDS = torch.arange(14).view(2, 7) % 11 + 3
+CACHE_NAMES = ["past_key_values"] + ["cache"] * ("cache" in inspect.signature(LlamaForCausalLM.forward).parameters)
+"""Of the argument of a forward: its older name, and its newer one where this release of transformers knows it."""
 
 
 def make_sae(width: int = D, *, seed: int = 0, k: int | None = 6) -> SparseAutoencoder:
@@ -355,24 +358,28 @@ def test_generation_is_steered_and_tracked_at_once_with_a_cache_and_without(mode
     assert torch.equal(model.generate(IDS, **how), plain)
 
 
-def test_a_forward_without_a_cache_replaces_and_one_with_it_extends_or_rewinds(model: InterpretableModel) -> None:
+@pytest.mark.parametrize("name", CACHE_NAMES)
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")  # the older name, where the newer is known
+def test_a_forward_without_a_cache_replaces_and_one_with_it_extends_or_rewinds(
+    name: str, model: InterpretableModel
+) -> None:
     cache = DynamicCache()
     with model.interpretation_enabled():
         model(IDS[:1, :3])
-        model(IDS[:, :4], past_key_values=cache, use_cache=True)
-        model(IDS[:, 4:6], past_key_values=cache, use_cache=True)
+        model(IDS[:, :4], **{name: cache}, use_cache=True)
+        model(IDS[:, 4:6], **{name: cache}, use_cache=True)
         assert model.get_active_features()[PRE].shape == (2, 6, F)
         cache.crop(-1)
-        model(IDS[:, 5:], past_key_values=cache, use_cache=True)
+        model(IDS[:, 5:], **{name: cache}, use_cache=True)
         pieces = model.get_active_features()
         model(IDS)
-    for name, whole in model.get_active_features().items():
-        torch.testing.assert_close(pieces[name].to_dense(), whole.to_dense(), rtol=1e-3, atol=1e-3)
+    for point, whole in model.get_active_features().items():
+        torch.testing.assert_close(pieces[point].to_dense(), whole.to_dense(), rtol=1e-3, atol=1e-3)
     with model.interpretation_enabled():
-        model(IDS[:, :2], past_key_values=cache, use_cache=True)
+        model(IDS[:, :2], **{name: cache}, use_cache=True)
         assert model.get_active_features()[PRE].shape == (2, 2, F)
         with pytest.raises(ArgumentError, match=r"a forward with 1 rows goes on where one with 2 stopped"):
-            model(IDS[:1, :2], past_key_values=Rows(9))
+            model(IDS[:1, :2], **{name: Rows(9)})
 
 
 class Rows(DynamicCache):
