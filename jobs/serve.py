@@ -9,9 +9,11 @@ import asyncio
 import hmac
 import html
 import re
+import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
@@ -25,8 +27,8 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ConfigDict, Field
 
-from jobs import _main
-from jobs._http import RESPONSES, BodyLimit, LocalHosts, answer_errors
+from jobs import _connections, _main
+from jobs._http import RESPONSES, BodyLimit, LocalHosts, Room, answer_errors, exact, hung_up
 from jobs.status import text
 from pipeline.config import DiscoverRequest, ServeConfig
 from pipeline.config.serve import LOOPBACK, LimitsConfig
@@ -36,6 +38,7 @@ from pipeline.flows.catalog import Catalog, catalog_names
 from pipeline.flows.discover import open_discoverer, plan_of
 from pipeline.flows.status import runs
 from pipeline.io.blobs import LocalBlobs
+from pipeline.io.generation import Patience
 from pipeline.steps.discoverer import Discoverer
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
@@ -126,10 +129,35 @@ def make_app(config: ServeConfig, load: Callable[[], Discoverer]) -> FastAPI:
     _offer_status_page(pages, config.store.root)
     api.include_router(pages)
     answer_errors(api)
-    api.add_middleware(BodyLimit, max_bytes=config.limits.body_bytes)
+    limits = config.limits
+    api.add_middleware(BodyLimit, max_bytes=limits.body_bytes, seconds=limits.read_seconds)
     if config.host in LOOPBACK:  # a page of a stranger must not reach us under a name of its own
         api.add_middleware(LocalHosts, names=LOOPBACK)
+    api.add_middleware(Room, num_requests=limits.connections)
+    _document(api, limits)
     return api
+
+
+def _document(api: FastAPI, limits: LimitsConfig) -> None:
+    """Make the document say what this server keeps: bounds to the digit, and its own bound of a continuation."""
+    made = api.openapi
+
+    def document() -> dict[str, Any]:
+        if api.openapi_schema is None:
+            found = exact(made())
+            asked = DiscoverRequest.model_json_schema()["properties"]["gen_tokens"]
+            told = [] if asked["default"] <= limits.gen_tokens else ["gen_tokens"]
+            found["components"]["schemas"]["DiscoverRequest"] |= {
+                "if": {
+                    "properties": {"prompt": {"type": "string"}, "generate": {"const": True}},
+                    "required": ["prompt"],
+                },
+                "then": {"properties": {"gen_tokens": {"maximum": limits.gen_tokens}}, "required": told},
+            }
+            api.openapi_schema = found
+        return api.openapi_schema
+
+    api.openapi = document  # type: ignore[method-assign]  # as FastAPI's documentation has it
 
 
 def _offer_discovery(routes: APIRouter, queue: "_Queue") -> None:
@@ -138,7 +166,7 @@ def _offer_discovery(routes: APIRouter, queue: "_Queue") -> None:
     @routes.post("/sae/features/discover", openapi_extra=example)
     async def discover(request: DiscoverRequest, http: Request) -> Discovery:
         """Find the features that a prompt or text uses, with scores and evidence."""
-        return await queue.run(request, http.is_disconnected)
+        return await queue.run(request, http)
 
 
 def _offer_catalogs(routes: APIRouter, catalogs: "_Catalogs") -> None:
@@ -205,23 +233,33 @@ class _Queue:
         self._turn = asyncio.Lock()
         self._admitted = 0
 
-    async def run(self, request: DiscoverRequest, is_gone: Callable[[], Awaitable[bool]]) -> Discovery:
+    async def run(self, request: DiscoverRequest, http: Request) -> Discovery:
+        """The answer; work that nobody waits for any more ends with the token at hand."""
         limits = self._limits
         if request.gen_tokens > limits.gen_tokens and request.prompt is not None and request.generate:
             raise RequestError(f"this server generates at most {limits.gen_tokens} tokens", "gen_tokens")
         if self._admitted >= limits.concurrent:
             raise HTTPException(429, "too many requests wait", {"Retry-After": "5"})
         self._admitted += 1
+        gone = threading.Event()
+        work, leaving = asyncio.ensure_future(self._in_turn(request, gone)), asyncio.ensure_future(hung_up(http))
         try:
-            async with self._turn:
-                if await is_gone():  # nobody waits for the answer any more
-                    raise HTTPException(400, "the client hung up")
-                return await asyncio.get_running_loop().run_in_executor(self._pool, self._answer, request)
+            await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise HTTPException(400, "the client hung up")
+            return work.result()
         finally:
+            gone.set()
+            work.cancel()
+            leaving.cancel()
             self._admitted -= 1
 
-    def _answer(self, request: DiscoverRequest) -> Discovery:
-        return self.discoverer.discover(request, time.monotonic() + self._limits.seconds)
+    async def _in_turn(self, request: DiscoverRequest, gone: threading.Event) -> Discovery:
+        async with self._turn:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, self._answer, request, gone)
+
+    def _answer(self, request: DiscoverRequest, gone: threading.Event) -> Discovery:
+        return self.discoverer.discover(request, Patience(until=time.monotonic() + self._limits.seconds, gone=gone))
 
 
 class _Catalogs:
@@ -261,6 +299,14 @@ def _public(config: ServeConfig) -> ServeConfig:
     return config
 
 
+def make_server(config: ServeConfig, load: Callable[[], Discoverer]) -> uvicorn.Server:
+    """The server of one process, around one discoverer, which is loaded now."""
+    app, connections = make_app(config, load), _connections.protocol(config.limits)
+    return uvicorn.Server(
+        uvicorn.Config(app, host=config.host, port=config.port, http=connections, log_level="warning")
+    )
+
+
 def deploy(config: ServeConfig) -> Any:
     """The application as a Ray Serve deployment, for `serve.run`; every replica loads the model."""
     from ray import serve
@@ -288,8 +334,8 @@ def job(config: ServeConfig) -> int:
         serve.start(http_options={"host": config.host, "port": config.port})
         serve.run(deploy(config), blocking=True)
         return _main.DONE
-    app = make_app(config, partial(open_discoverer, config))
-    uvicorn.run(app, host=config.host, port=config.port, log_level="warning")
+    with suppress(KeyboardInterrupt):
+        make_server(config, partial(open_discoverer, config)).run()
     return _main.DONE
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -29,6 +30,14 @@ MakeConfig = Callable[..., AnalyzeConfig]
 # Ray's client server needs it, and a process that has once used Ray does not notice a change: its next cluster would
 # take it for dead and end its actors.
 os.environ["RAY_AUTH_MODE"] = "disabled"
+
+# Drawn tests draw the same in every run; a seed, --hypothesis-seed=N or =random, lets them explore.
+settings.register_profile("same", derandomize=True, database=None, deadline=None)
+settings.register_profile("explore", derandomize=False, database=None, deadline=None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("same" if config.getoption("hypothesis_seed") is None else "explore")
 
 
 def sentences(rng: random.Random, num_words: int) -> str:
@@ -162,7 +171,14 @@ def analyze_config(model_dir: Path, sae_dirs: dict[str, Path], corpus_dir: Path)
             "saes": [{"path": str(sae_dirs[name])} for name in ("late", "early")],
             # 10 contexts a shard in batches of 4: the last batch of a shard is ragged
             "corpus": {"source": source, "context_length": 16, "shard_tokens": 160},
-            "sampling": {"top": 6, "random": 4, "bands": 3, "per_band": 3, "low_activating": 3, "non_activating": 3},
+            "sampling": {
+                "top": 6,
+                "random": 4,
+                "bands": 3,
+                "per_band": 3,
+                "low_activating": 3,
+                "non_activating": 3,
+            },
             "batch": {"contexts": 4},
             "cluster": {"executor": "inline", "threads_per_worker": 1},
             "store": {"root": str(root)},

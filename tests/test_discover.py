@@ -40,6 +40,7 @@ from pipeline.flows.catalog import Catalog
 from pipeline.flows.discover import open_discoverer
 from pipeline.flows.rank_drift import RankDrift, rank_drift
 from pipeline.io import generation
+from pipeline.io.generation import Patience
 from pipeline.io.memo import ArrayCache
 from pipeline.io.model import LanguageModel
 from pipeline.steps.discoverer import Discoverer
@@ -633,7 +634,7 @@ def test_positions_and_characters_point_at_the_text_whatever_it_is(text, bare, b
             assert text[slice(*span.char)] == span.text
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=12), st.booleans())
 def test_any_text_has_an_answer_that_is_valid_json(bare, text, is_prompt):
     fields = {"prompt": text, "gen_tokens": 4} if is_prompt else {"text": text}
@@ -814,8 +815,26 @@ def test_an_infinite_code_is_an_error_and_never_an_answer(bench, sae_dirs, tmp_p
 
 
 def test_a_deadline_ends_generation(bare):
-    with pytest.raises(DeadlineError):
-        bare.discover(DiscoverRequest(prompt="river", gen_tokens=32), deadline=0.0)
+    with pytest.raises(DeadlineError, match="not done in time"):
+        bare.discover(DiscoverRequest(prompt="river", gen_tokens=32), Patience(until=0.0))
+
+
+def test_generation_ends_with_the_token_at_which_nobody_waits_any_more(bare):
+    patience, model, num_passes = Patience(until=math.inf), bare._loaded.reader.model.inner, 0
+
+    def leave(*_: Any) -> None:
+        nonlocal num_passes
+        num_passes += 1
+        if num_passes == 3:
+            patience.gone.set()
+
+    hook = model.register_forward_hook(leave)
+    try:
+        with pytest.raises(DeadlineError, match="nobody waits"):
+            bare.discover(DiscoverRequest(prompt="river", gen_tokens=32), patience)
+    finally:
+        hook.remove()
+    assert num_passes == 3
 
 
 # --- batches ---

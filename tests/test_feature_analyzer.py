@@ -34,7 +34,7 @@ Results = list[dict[str, Any]]
 
 T, F = 3, 4
 PAD = 0
-law = settings(max_examples=25, deadline=None, database=None, derandomize=True)
+law = settings(max_examples=25)
 SUBSAMPLES = {
     "strong": {"proportion": 1.0, "n_samples": 3},
     "half": {"proportion": 0.5, "n_samples": 2, "max_length": 2},

@@ -25,6 +25,8 @@ from pipeline.types import HookPoint
 D, F = int(TINY["hidden_size"]), 40
 PRE, MID, POST = (f"blocks.1.hook_resid_{where}" for where in ("pre", "mid", "post"))
 IDS = torch.arange(14).view(2, 7) % 11 + 3
+CACHE_NAMES = ["past_key_values"] + ["cache"] * ("cache" in inspect.signature(LlamaForCausalLM.forward).parameters)
+"""Of the argument of a forward: its older name, and its newer one where this release of transformers knows it."""
 
 
 def make_sae(width: int = D, *, seed: int = 0, k: int | None = 6) -> SparseAutoencoder:
@@ -362,21 +364,25 @@ def on(cache: Any) -> dict[str, Any]:
     return {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
 
 
-def test_a_forward_without_a_cache_replaces_and_one_with_it_extends_or_rewinds(model: InterpretableModel) -> None:
+@pytest.mark.parametrize("name", CACHE_NAMES)
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")  # the older name, where the newer is known
+def test_a_forward_without_a_cache_replaces_and_one_with_it_extends_or_rewinds(
+    name: str, model: InterpretableModel
+) -> None:
     cache = DynamicCache()
     with model.interpretation_enabled():
         model(IDS[:1, :3])
-        model(IDS[:, :4], **on(cache))
-        model(IDS[:, 4:6], **on(cache))
+        model(IDS[:, :4], **{name: cache}, use_cache=True)
+        model(IDS[:, 4:6], **{name: cache}, use_cache=True)
         assert model.get_active_features()[PRE].shape == (2, 6, F)
         cache.crop(-1)
-        model(IDS[:, 5:], **on(cache))
+        model(IDS[:, 5:], **{name: cache}, use_cache=True)
         pieces = model.get_active_features()
         model(IDS)
-    for name, whole in model.get_active_features().items():
-        torch.testing.assert_close(pieces[name].to_dense(), whole.to_dense(), rtol=1e-3, atol=1e-3)
+    for point, whole in model.get_active_features().items():
+        torch.testing.assert_close(pieces[point].to_dense(), whole.to_dense(), rtol=1e-3, atol=1e-3)
     with model.interpretation_enabled():
-        model(IDS[:, :2], **on(cache))
+        model(IDS[:, :2], **{name: cache}, use_cache=True)
         assert model.get_active_features()[PRE].shape == (2, 2, F)
 
 

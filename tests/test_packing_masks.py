@@ -13,7 +13,7 @@ from pipeline.compute.packing import Context, Packer
 from pipeline.compute.scores import Score, ranks, score
 
 BOS = 1
-law = settings(max_examples=80, deadline=None, database=None, derandomize=True)
+law = settings(max_examples=80)
 lengths_of_documents = st.lists(st.integers(0, 25), max_size=8)
 lengths_of_contexts = st.integers(2, 9)
 bos_ids = st.sampled_from([None, BOS])

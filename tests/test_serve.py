@@ -1,17 +1,24 @@
 """The HTTP server: what its schema promises, errors that tell a field and no secret, and load."""
 
 import asyncio
+import http.client
 import json
+import math
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 import schemathesis
+import uvicorn
 from conftest import MakeConfig
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -20,12 +27,13 @@ from pydantic import ValidationError
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
-from jobs.serve import make_app
+from jobs.serve import make_app, make_server
 from pipeline.config import DiscoverRequest, ServeConfig
 from pipeline.findings import Discovery
 from pipeline.flows.analyze import analyze
 from pipeline.flows.catalog import Catalog
 from pipeline.flows.discover import open_discoverer
+from pipeline.io.generation import Patience
 from pipeline.steps.discoverer import Discoverer
 
 URL = "/v1/sae/features/discover"
@@ -189,6 +197,21 @@ def test_a_slow_generation_is_given_up(config, discoverer):
     assert_problem(answer, 504, "gen_tokens", config)
 
 
+@pytest.mark.parametrize("way", [("[", "]"), ('{"a":', "}"), ("[", ""), ('[{"mode":', "}]")], ids="".join)
+def test_nested_json_is_refused_however_deep_it_is(way, client):
+    places = (
+        "%s",
+        '{"text": %s}',
+        '{"text": "a", "layers": %s}',
+        '{"text": "a", "tau": %s}',
+        '{"text": "a", "no": %s}',
+    )
+    for depth in (3, 480, 700, 900, 990, 2000, 90_000):
+        for around in places:
+            body = around % (way[0] * depth + ("1" if way[1] else "") + way[1] * depth)
+            assert client.post(URL, content=body, headers=JSON).status_code in (400, 422), (depth, around)
+
+
 class Failing:
     """A discoverer with a fault that knows a secret."""
 
@@ -257,6 +280,135 @@ def test_many_at_once_get_the_answers_that_they_would_get_alone(app, client):
     assert {answer.status_code for answer in answers} == {200}
     assert [answer.content for answer in answers] == alone
     assert len(set(alone)) > 50
+
+
+# --- connections ---
+
+
+@dataclass(frozen=True)
+class Listening:
+    """A server on loopback; called, it gives a connection on which something was said."""
+
+    server: uvicorn.Server
+    place: Any
+
+    def __call__(self, words: bytes) -> socket.socket:
+        one = socket.create_connection(self.place, timeout=60)
+        one.sendall(words)
+        return one
+
+    def wait_until_busy(self, num_connections: int) -> None:
+        while sum(one.is_busy for one in list(self.server.server_state.connections)) < num_connections:
+            threading.Event().wait(0.01)
+
+
+@contextmanager
+def listening(config: ServeConfig, discoverer: Any, **limits: Any) -> Iterator[Listening]:
+    server = make_server(ServeConfig.model_validate(config.model_dump() | {"limits": limits}), lambda: discoverer)
+    place = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
+    thread.start()
+    try:
+        yield Listening(server, place.getsockname())
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def answer_on(one: socket.socket) -> tuple[int, bytes]:
+    """Status and body; 0 if it was closed without a word."""
+    with closing(http.client.HTTPResponse(one)) as answer:
+        try:
+            answer.begin()
+        except (http.client.RemoteDisconnected, ConnectionResetError):
+            return 0, b""
+        return answer.status, answer.read()
+
+
+HEAD = b"Host: 127.0.0.1\r\n"
+HEALTH = b"GET /v1/health HTTP/1.1\r\n" + HEAD + b"\r\n"
+BODY = json.dumps(ASKED).encode()
+POST = f"POST {URL} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(BODY)}\r\n".encode() + HEAD
+HALVES = [b"", b"GET /v1/he", HEALTH[:-2], POST + b"\r\n", POST + b"\r\n" + BODY[:9], HEALTH + b"GET /v1/he"]
+
+
+@pytest.mark.parametrize("half", HALVES, ids=range(len(HALVES)))
+def test_a_request_that_does_not_come_in_time_ends_its_connection(half, config):
+    with listening(config, Failing(), read_seconds=0.3) as say, say(half) as one:
+        one.settimeout(60)
+        rest = b"".join(iter(lambda: one.recv(1 << 16), b""))
+    assert rest.count(b"HTTP/1.1 ") == (1 if half.startswith((HEALTH, POST)) else 0)
+    assert (b"408 Request Timeout" in rest) == half.startswith(POST)
+
+
+def test_a_byte_now_and_then_does_not_keep_a_connection(config):
+    with listening(config, Failing(), read_seconds=0.3) as say, say(b"GET /v1/health HTTP/1.1\r\n") as one:
+        one.settimeout(0.01)
+        is_open = True
+        while is_open:  # for ever, if it were kept
+            try:
+                one.sendall(b"a")
+                is_open = one.recv(1) != b""
+            except TimeoutError:
+                pass
+            except ConnectionError:
+                is_open = False
+
+
+def test_half_open_connections_lock_nobody_out(config):
+    """Those that hold a place without asking make room, the oldest first, long before their time is over."""
+    with listening(config, Failing(), connections=3, read_seconds=3600) as say, ExitStack() as stack:
+        held = [stack.enter_context(say(half)) for half in HALVES[:3] * 4]
+        for _ in range(2):
+            with say(HEALTH) as one:
+                assert answer_on(one)[0] == 200
+        assert [answer_on(one)[0] for one in held[:-3]] == [0] * (len(held) - 3)
+
+
+def test_where_all_connections_are_busy_a_further_one_is_told_to_come_back(config, discoverer):
+    waiting = Waiting(discoverer)
+    ask = POST + b"\r\n" + BODY
+    with listening(config, waiting, connections=2) as say, say(ask) as first, say(ask) as second:
+        try:
+            say.wait_until_busy(2)
+            with say(HEALTH) as third:
+                status, body = answer_on(third)
+        finally:
+            waiting.go.set()
+        assert (status, json.loads(body)["errors"][0]["message"]) == (503, "all connections are busy")
+        assert [answer_on(one)[0] for one in (first, second)] == [200, 200]
+
+
+class Endless(Waiting):
+    """Works on a request until nobody waits for it."""
+
+    def __init__(self, inner: Discoverer):
+        super().__init__(inner)
+        self.ended = threading.Event()
+
+    def discover(self, request: DiscoverRequest, patience: Patience) -> Discovery:
+        if request.seed:
+            return self.inner.discover(request, patience)
+        self.begun.set()
+        assert patience.gone.wait(60)
+        self.ended.set()
+        patience.check()
+        raise AssertionError
+
+
+def test_a_client_that_hangs_up_ends_its_own_work_and_no_other(config, discoverer):
+    endless = Endless(discoverer)
+    body = json.dumps(ASKED | {"seed": 0}).encode()
+    ask = POST.replace(str(len(BODY)).encode(), str(len(body)).encode()) + b"\r\n" + body
+    with listening(config, endless) as say, say(POST + b"\r\n" + BODY) as other:
+        assert answer_on(other)[0] == 200
+        leaving = say(ask)
+        assert endless.begun.wait(60)
+        with say(POST + b"\r\n" + BODY) as waits:
+            leaving.close()
+            assert endless.ended.wait(60)
+            assert answer_on(waits)[0] == 200
 
 
 # --- who may ask ---
@@ -458,6 +610,122 @@ def test_the_schema_asks_for_a_token_only_where_one_is_set(app, schema):
     assert {url for url, ways in paths.items() if "security" not in next(iter(ways.values()))} == {"/v1/health"}
 
 
+Edge = tuple[tuple[str, ...], Any, Any]
+"""Where in a body or among parameters, what is just inside, and what is just beyond."""
+
+
+def edges(schema: dict[str, Any], document: dict[str, Any], at: tuple[str, ...] = ()) -> Iterator[Edge]:
+    """Every bound of a value that a schema tells of."""
+    if "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]
+    parts = [(at, one) for one in schema.get("anyOf", [])]
+    for where, inner in [*parts, *(((*at, name), one) for name, one in schema.get("properties", {}).items())]:
+        yield from edges(inner, document, where)
+    item: Any = "a"
+    if "items" in schema:
+        items = list(edges(schema["items"], document, at))
+        item = [items[0][1]]
+        yield from ((at, [inside], [beyond]) for _, inside, beyond in items)
+    for name, far in (("minItems", -1), ("maxItems", 1), ("minLength", -1), ("maxLength", 1)):
+        if name in schema:
+            yield at, item * schema[name], item * (schema[name] + far)
+    for name, way in (("minimum", -1), ("maximum", 1), ("exclusiveMinimum", -1), ("exclusiveMaximum", 1)):
+        if name in schema:
+            yield at, *_around(schema["type"] == "integer", schema[name], way, is_in=not name.startswith("exclusive"))
+    if "enum" in schema:
+        yield at, schema["enum"][0], "no such word"
+    if "pattern" in schema:
+        yield at, "a.b-c_9", "a b"
+
+
+def _around(is_whole: bool, bound: float, way: int, *, is_in: bool) -> tuple[float, float]:
+    """The last number inside a bound and the first beyond."""
+    back, further = (bound + w if is_whole else math.nextafter(bound, w * math.inf) for w in (-way, way))
+    return (bound, further) if is_in else (back, bound)
+
+
+def nested(at: tuple[str, ...], value: Any) -> dict[str, Any]:
+    return {at[0]: value if len(at) == 1 else nested(at[1:], value)}
+
+
+class Answering(Failing):
+    """Has one answer to everything, so that what is refused is refused for its form."""
+
+    def __init__(self, answer: Discovery):
+        self.answer = answer
+
+    def discover(self, *_: Any) -> Discovery:
+        return self.answer
+
+
+def test_a_body_at_a_bound_of_the_document_is_accepted_and_one_beyond_is_refused(config, discoverer):
+    client = limited(
+        config, Answering(discoverer.discover(DiscoverRequest(**ASKED))), body_bytes=1 << 25, gen_tokens=200
+    )
+    document = client.get("/openapi.json").json()
+    asked = document["components"]["schemas"]["DiscoverRequest"]
+    valid = jsonschema.Draft202012Validator(asked | {"components": document["components"]}).is_valid
+    quantile = [(("tau",), {"mode": "quantile", "value": inside}, {"mode": "quantile", "value": beyond})
+                for inside, beyond in ((5e-324, 0.0), (math.nextafter(1, 0), 1.0))]  # fmt: skip
+    found = [*edges(asked, document), *quantile]
+    assert len(found) > 40
+    for at, inside, beyond in found:
+        base = {} if at in (("text",), ("prompt",)) else {"text": "a"}
+        for value, right in ((inside, True), (beyond, False)):
+            body = base | nested(at, value)
+            text = json.dumps(body).replace("Infinity", "1e309")
+            answer = client.post(URL, content=text, headers=JSON)
+            assert (valid(body), answer.status_code) == (right, 200 if right else 422), (
+                at,
+                text[:200],
+                answer.text[:200],
+            )
+    for extra, right in (({}, True), ({"gen_tokens": 200}, True), ({"gen_tokens": 201}, False),
+                         ({"gen_tokens": 201, "generate": False}, True)):  # fmt: skip
+        body = {"prompt": "a"} | extra
+        assert (valid(body), client.post(URL, json=body).status_code) == (right, 200 if right else 422), body
+    few = limited(config, discoverer, gen_tokens=100).get("/openapi.json").json()["components"]["schemas"]
+    assert few["DiscoverRequest"]["then"]["required"] == ["gen_tokens"], "the default is too many"
+
+
+def test_a_parameter_at_a_bound_of_the_document_is_accepted_and_one_beyond_is_refused(client):
+    document, num_tried = client.get("/openapi.json").json(), 0
+    for path, ways in document["paths"].items():
+        for parameter in ways.get("get", {}).get("parameters", []):
+            for _, inside, beyond in edges(parameter["schema"], document):
+                num_tried += 1
+                for value, right in ((inside, True), (beyond, False)):
+                    given = {"name": "default", "key": "a/b/1", "q": "a"} | {parameter["name"]: str(value)}
+                    url = re.sub(r"{(\w+)}", lambda found, given=given: given.pop(found[1]), path)
+                    query = {
+                        name: text
+                        for name, text in given.items()
+                        if name == parameter["name"] or ("search" in url and name == "q")
+                    }
+                    status = client.get(url, params=query).status_code
+                    assert (status != 422) == right or status == 404, (url, query, status)
+    assert num_tried > 10
+
+
+def test_bounds_of_integers_are_integers(client):
+    """As the server keeps them; a float cannot say 2**63 - 1."""
+    document = client.get("/openapi.json").json()
+    seen = []
+
+    def look(value: Any) -> None:
+        if isinstance(value, dict):
+            if value.get("type") == "integer":
+                seen.extend(value[name] for name in value if name.lower().endswith("imum"))
+            value = list(value.values())
+        for inner in value if isinstance(value, list) else []:
+            look(inner)
+
+    look(document)
+    assert len(seen) > 20
+    assert {type(bound) for bound in seen} == {int}
+    assert document["components"]["schemas"]["DiscoverRequest"]["properties"]["seed"]["exclusiveMaximum"] == 2**63
+
+
 def test_every_operation_is_tried(schema):
     assert {(o.ok().method.upper(), o.ok().path) for o in schema.get_all_operations()} == set(OPERATIONS)
 
@@ -469,7 +737,7 @@ def test_the_server_keeps_the_promises_of_its_schema(method, path, mode, schema)
     if mode is GenerationMode.NEGATIVE and not (operation.body or operation.query or operation.path_parameters):
         return
 
-    @settings(max_examples=20, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=20, suppress_health_check=list(HealthCheck))
     @given(operation.as_strategy(generation_mode=mode))
     def keeps(case: Any) -> None:
         answer = case.call(headers={"Authorization": "Bearer long enough"})

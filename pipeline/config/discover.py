@@ -1,5 +1,6 @@
 """One discovery request: the same model validates the command line, the lines of a batch and the HTTP body."""
 
+import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
@@ -43,12 +44,15 @@ _TAU: JsonDict = {
 }
 
 
-def _with_integers(value: object) -> object:
-    """1.0 as 1: JSON does not tell them apart, and its schema calls both integers."""
-    if isinstance(value, dict):
-        return {key: _with_integers(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_with_integers(inner) for inner in value]
+def _with_integers(value: object, depth: int = 2) -> object:
+    """1.0 as 1: JSON does not tell them apart, and its schema calls both integers.
+
+    A request is no deeper than that; whatever is, however deep, is left to be refused.
+    """
+    if isinstance(value, dict) and depth:
+        return {key: _with_integers(inner, depth - 1) for key, inner in value.items()}
+    if isinstance(value, list) and depth:
+        return [_with_integers(inner, depth - 1) for inner in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -60,7 +64,7 @@ class TauConfig(Section):
     mode: Literal["p95", "p95_nonzero", "quantile", "constant"] = "p95"
     """Quantile of the feature's codes in the catalog: p95 over all counted tokens, p95_nonzero over firing ones,
     quantile like p95 with q = value; constant: value. Without a catalog the quantiles fall back to 0, and say so."""
-    value: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    value: float | None = Field(default=None, ge=0, le=sys.float_info.max)
     """q, between 0 and 1, or the constant; the other modes have none."""
 
     @model_validator(mode="after")
@@ -109,7 +113,7 @@ class DiscoverRequest(Section):
     Special tokens are never kept."""
     first_positions: int | None = Field(default=None, ge=0, le=1 << 20)
     """Keep none of this many tokens at the start; null: as the catalog's masks, 0 without one."""
-    max_norm_ratio: float | None = Field(default=None, gt=1, allow_inf_nan=False)
+    max_norm_ratio: float | None = Field(default=None, gt=1, le=sys.float_info.max)
     """Keep no token whose activation norm exceeds this many times the median; null: as the catalog's masks, none
     without one."""
     attention_sinks: bool | None = None

@@ -19,6 +19,11 @@ class LimitsConfig(Section):
     """For generating one continuation."""
     concurrent: int = Field(default=128, ge=1)
     """Requests that run or wait; more are told to come back."""
+    connections: int = Field(default=256, ge=1)
+    """Open ones. For a further one, the longest that brings no whole request or takes no answer is closed; where all
+    are busy, it is told to come back."""
+    read_seconds: float = Field(default=30.0, gt=0)
+    """For the head of a request, and again for its body."""
 
 
 class ServeConfig(DiscoveryConfig):

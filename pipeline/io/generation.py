@@ -4,8 +4,10 @@ Sampling adds Gumbel noise of a generator that belongs to the prompt, so a conti
 neighbours in a batch by more than rounding.
 """
 
+import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +18,32 @@ from pipeline.errors import DeadlineError
 from pipeline.io.model import LanguageModel
 
 _TILE = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long somebody waits for a continuation."""
+
+    until: float
+    """As `time.monotonic()`."""
+    gone: threading.Event = field(default_factory=threading.Event)
+    """Set by another thread once nobody waits any more."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether to give up."""
+        return self.gone.is_set() or time.monotonic() > self.until
+
+    def check(self) -> None:
+        """Give up, if it is time to.
+
+        Raises:
+            DeadlineError: if it is; half a continuation is none.
+        """
+        if self.gone.is_set():
+            raise DeadlineError("nobody waits for the continuation any more")
+        if self.is_over:
+            raise DeadlineError("the continuation was not done in time; ask for fewer gen_tokens")
 
 
 def next_token_entropy(model: LanguageModel, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T"]:
@@ -47,7 +75,7 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
-    deadline: float | None = None,
+    patience: Patience | None = None,
 ) -> list[list[int]]:
     """Continuations of the prompts as token ids, each up to and without the model's end token.
 
@@ -60,10 +88,10 @@ def generate(
         temperature: of sampling.
         top_p: sample from the smallest set of tokens with this probability.
         seed: of sampling, the same for every prompt.
-        deadline: give up at this `time.monotonic()`.
+        patience: when to give up; asked at every token.
 
     Raises:
-        DeadlineError: if the deadline passed; half a continuation is none.
+        DeadlineError: if patience is over.
     """
     from transformers import GenerationConfig
 
@@ -81,10 +109,10 @@ def generate(
             attention_mask=mask.to(model.device),
             generation_config=config,
             logits_processor=_sampling(len(prompts), temperature, top_p, seed) if do_sample else [],
-            stopping_criteria=[] if deadline is None else [_stop_at(deadline, len(prompts))],
+            stopping_criteria=[] if patience is None else [_stop_after(patience, len(prompts))],
         )
-    if deadline is not None and time.monotonic() > deadline:
-        raise DeadlineError("the continuation was not done in time; ask for fewer gen_tokens")
+    if patience is not None:
+        patience.check()
     return [_until_end(row, ends) for row in whole[:, longest:].tolist()]
 
 
@@ -126,8 +154,8 @@ def _sampling(num_rows: int, temperature: float, top_p: float, seed: int) -> lis
     return [*warpers, add_noise]
 
 
-def _stop_at(deadline: float, num_rows: int) -> Callable[..., Any]:
+def _stop_after(patience: Patience, num_rows: int) -> Callable[..., Any]:
     def over(ids: Tensor, *_: Any, **__: Any) -> Tensor:
-        return torch.full((num_rows,), time.monotonic() > deadline, device=ids.device)
+        return torch.full((num_rows,), patience.is_over, device=ids.device)
 
     return over

@@ -11,6 +11,7 @@ from pipeline.config import DiscoverRequest
 from pipeline.errors import CensusError, ConfigError, RequestError
 from pipeline.findings import Discovery
 from pipeline.io import generation
+from pipeline.io.generation import Patience
 from pipeline.io.memo import ArrayCache
 from pipeline.steps.answer import Answer, allowed_tokens
 from pipeline.steps.codebook import Codebook
@@ -47,20 +48,20 @@ class Discoverer:
             for site, sae in self._loaded.reader.saes.items()
         ]
 
-    def discover(self, request: DiscoverRequest, deadline: float | None = None) -> Discovery:
+    def discover(self, request: DiscoverRequest, patience: Patience | None = None) -> Discovery:
         """The answer to one request; the same request gives the same bytes.
 
         Args:
             request: what is asked.
-            deadline: give up generating at this `time.monotonic()`.
+            patience: when to give up generating.
 
         Raises:
             RequestError: naming the field that cannot be answered.
-            DeadlineError: if the time is over.
+            DeadlineError: if patience is over.
         """
         sites, sequence = sites_of(request, self._loaded), self._tokens(request)
         if sequence.mode == "prompt+gen":
-            sequence = self._continued(request, sequence, deadline)
+            sequence = self._continued(request, sequence, patience)
         read = self._codes.read(sequence.ids, sites, entropy=self._needs_entropy(request, sequence))
         return Answer(self._loaded, request, sites, sequence, read).make()
 
@@ -115,20 +116,20 @@ class Discoverer:
         num_allowed = int(allowed_tokens(self._loaded, request, sequence).sum())
         return request.token_filter == "entropy" and num_allowed > request.topk_tokens_per_seq
 
-    def _continued(self, request: DiscoverRequest, sequence: Tokens, deadline: float | None) -> Tokens:
+    def _continued(self, request: DiscoverRequest, sequence: Tokens, patience: Patience | None) -> Tokens:
         """The sequence with its continuation, which the cache may know."""
         sampling = (request.temperature, request.top_p, request.seed) if request.do_sample else None
         ends = generation.end_ids(self._loaded.reader.model)
         key = [self._loaded.identity, "generated", sequence.ids, request.gen_tokens, sampling, ends]
         known = self._cache.get(key) if self._cache else None
         if known is None:
-            known = {"ids": np.array(self._generated(request, [sequence], deadline)[0], np.int64)}
+            known = {"ids": np.array(self._generated(request, [sequence], patience)[0], np.int64)}
             if self._cache:
                 self._cache.put(key, known)
         return continued(sequence, known["ids"].tolist(), self._loaded.reader.tokenizer)
 
     def _generated(
-        self, request: DiscoverRequest, sequences: Sequence[Tokens], deadline: float | None
+        self, request: DiscoverRequest, sequences: Sequence[Tokens], patience: Patience | None
     ) -> list[list[int]]:
         return generation.generate(
             self._loaded.reader.model,
@@ -139,7 +140,7 @@ class Discoverer:
             temperature=request.temperature,
             top_p=request.top_p,
             seed=request.seed,
-            deadline=deadline,
+            patience=patience,
         )
 
 

@@ -138,7 +138,8 @@ def save_sae(sae: Any, config: Any, save_path: str | Path, **metadata: Any) -> N
             folded into b_enc.
         config: a mapping of JSON values, or an object with `to_dict()` that gives one, as the add-on's; `hook_point` is
             required; `d_in`, `d_sae`, `activation` and `k` are filled in, as is `postact` for a topk or gated SAE that
-            ends in a ReLU and the unit of codes that are not of raw activations, and must be right where they are given.
+            ends in a ReLU and the unit of codes that are not of raw activations; they must be right where they are
+            given.
         save_path: of the `.pt` file.
         metadata: kept under the key `metadata` of the file.
 
