@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from pipeline.config import AnalyzeConfig
 from pipeline.errors import IdentityError
 from pipeline.flows.analyze import Analysis, analyze
 from pipeline.io.blobs import LocalBlobs
+from pipeline.records import unsealed
 from pipeline.steps import ranges, shard
 
 MakeToy = Callable[..., AnalyzeConfig]
@@ -142,7 +142,7 @@ def test_resume_a_run_killed_at_any_write_and_run_again_gives_the_same_catalog(t
         again = run(config)
         assert again.catalog.digest == whole.catalog.digest, journal[point]
         same_bytes(again, whole)
-        latest = json.loads((again.catalog.folder.parent / "latest.json").read_text())
+        latest, _ = unsealed((again.catalog.folder.parent / "latest.json").read_bytes(), "latest.json")
         assert latest == {"snapshot": again.catalog.number, "digest": again.catalog.digest}
 
 

@@ -1,6 +1,5 @@
 """Edits against the formula written out, and the two jobs that make them: steered text, and what ablation costs."""
 
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import rewrite_manifest
 from hydra.core.global_hydra import GlobalHydra
 from scipy import stats
 from test_sae import GATES, TRANSFORMS, D, F, literal_code, random_sae
@@ -551,11 +551,14 @@ def test_the_job_prints_intervals_and_names_what_it_skips(run: Run, catalog: Cat
         assert (code, sentence in err) == (2, True), err
     root = shutil.copytree(root_of(catalog), tmp_path / "other")
     manifest = root / "catalogs" / "mine" / "000001" / "manifest.json"
-    made = json.loads(manifest.read_text())
+    made = manifest.read_bytes()
     for where, sentence in (("model", "is no longer what catalog mine was made with"), ("saes", "SAE blocks.")):
-        spoilt = json.loads(json.dumps(made))
-        known = spoilt["identity"]["measure"][where]
-        known["digest" if where == "model" else next(iter(known))] = "0"
-        manifest.write_text(json.dumps(spoilt))
+        manifest.write_bytes(made)
+
+        def spoil(content, where=where):
+            known = content["identity"]["measure"][where]
+            known["digest" if where == "model" else next(iter(known))] = "0"
+
+        rewrite_manifest(manifest, spoil)
         code, _, err = run("ablate", f"store.root={root}", "catalog.name=mine", "cluster.threads_per_worker=1")
         assert (code, sentence in err) == (2, True), err

@@ -95,6 +95,8 @@ class MasksConfig(Section):
     """These positions of every context."""
     max_norm_ratio: float | None = Field(default=None, gt=1)
     """Tokens whose activation norm exceeds this many times the median of their context (attention sinks)."""
+    attention_sinks: bool | None = None
+    """Attention sinks; null: true for a new catalog name, else what that name was made with."""
 
 
 class SamplingConfig(Section):

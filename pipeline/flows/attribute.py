@@ -20,8 +20,9 @@ from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.hooks import check_point
 from pipeline.io.model import model_facts
 from pipeline.io.tokenizer import Tokenizer
-from pipeline.records import canonical
+from pipeline.records import sealed
 from pipeline.steps import layout, publish, ranges
+from pipeline.steps.claims import tokenizer_digest
 from pipeline.steps.cluster import run_tasks
 from pipeline.steps.logits import (
     LOGITS,
@@ -32,6 +33,7 @@ from pipeline.steps.logits import (
     check_request,
     write_tables,
 )
+from pipeline.steps.manifests import facts_of
 from pipeline.steps.outcomes import in_order, result_of
 from pipeline.steps.partial import RangeTask
 from pipeline.steps.progress import Voice, new_run
@@ -94,23 +96,24 @@ def attribute(config: AttributeConfig, say: Callable[[str], None] | None = None)
 
 def _to_folder(config: AttributeConfig, say: Callable[[str], None] | None) -> Attribution:
     blobs = LocalBlobs(config.out or Path(config.store.root) / "logits")
-    about, todo = _identify(config)
+    about, todo = _identify(config, None)
     with publish.Draft(blobs, (), {}) as draft:
         voice = Voice(blobs, "events.jsonl", say)
         with blobs.writing():
             facts, seconds = write_logits(draft.folder, _settings(config), todo, config.cluster, voice)
         files = publish.digests(draft.folder)
         blobs.delete("manifest.json")
+        blobs.sync()
         for name in files:
             blobs.adopt(name, draft.folder / name)
-        blobs.put("manifest.json", canonical({"files": files, **about, "logits": facts}))
+        blobs.put("manifest.json", sealed({"files": files, **about, "logits": facts}))
     return Attribution(folder=blobs.root, is_new=True, seconds=seconds)
 
 
 def _to_catalog(config: AttributeConfig, name: str, say: Callable[[str], None] | None) -> Attribution:
     blobs, old = LocalBlobs(config.store.root), Catalog(config.store.root, name)
     config = _with_parts_of(old, config)
-    about, todo = _identify(config)
+    about, todo = _identify(config, old)
     _prove(about, old)
     kept = {file: facts for file, facts in old.manifest["files"].items() if file not in (LOGITS, MOMENTS)}
     with publish.Draft(blobs, (), {}) as draft:
@@ -126,7 +129,8 @@ def _to_catalog(config: AttributeConfig, name: str, say: Callable[[str], None] |
             "numerics": old.manifest["numerics"],
             "seconds": old.manifest["seconds"] | {"logits": seconds},
         }
-        number, _, is_new = draft.publish(name, publish.facts_of(old.manifest) | {"logits": facts}, volatile)
+        volatile |= {key: old.manifest[key] for key in ("made_with", "versions", "unproven") if key in old.manifest}
+        number, _, is_new = draft.publish(name, facts_of(old.manifest) | {"logits": facts}, volatile)
     return Attribution(folder=publish.folder_of(blobs, name, number), is_new=is_new, seconds=seconds)
 
 
@@ -154,8 +158,10 @@ def _with_parts_of(catalog: Catalog, config: AttributeConfig) -> AttributeConfig
     return config.model_copy(update={"model": model.model_copy(update=mine), "saes": saes})
 
 
-def _identify(config: AttributeConfig) -> tuple[dict[str, Any], list[RangeTask]]:
+def _identify(config: AttributeConfig, catalog: Catalog | None) -> tuple[dict[str, Any], list[RangeTask]]:
     """What decides the logits, checked before any work, and the ranges of features.
+
+    What decides them is said as a catalog says it, or in today's form.
 
     Raises:
         UserError: if model and SAEs do not belong together, or cannot be read.
@@ -168,8 +174,9 @@ def _identify(config: AttributeConfig) -> tuple[dict[str, Any], list[RangeTask]]
         check_point(key.hook_point, facts.taps, facts.num_layers)
     check_request(config.logits, (key.hook_point for key in saes), tokenizer)
     dtype = str(choose_dtype(model.dtype, choose_device(model.device))).removeprefix("torch.")
+    named = tokenizer.digest if catalog is None else tokenizer_digest(tokenizer, catalog.measure)
     about = {
-        "model": {"digest": facts.digest, "family": facts.family, "dtype": dtype, "tokenizer": tokenizer.digest},
+        "model": {"digest": facts.digest, "family": facts.family, "dtype": dtype, "tokenizer": named},
         "saes": {str(key): loaded.digest for key, loaded in saes.items()},
     }
     return about, ranges.tasks([loaded.sae.num_features for loaded in saes.values()])

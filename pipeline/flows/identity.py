@@ -7,14 +7,16 @@ from typing import Any
 from pipeline.config import AnalyzeConfig
 from pipeline.errors import ConfigError
 from pipeline.io import device, embedded
+from pipeline.io.blobs import LocalBlobs
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.io.corpus import Source, find_sources
 from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.hooks import check_point
 from pipeline.io.model import ModelFacts, model_facts
 from pipeline.io.tokenizer import Tokenizer
+from pipeline.io.versions import versions
 from pipeline.records import Receipt, canonical, digest_of
-from pipeline.steps import plan
+from pipeline.steps import claims, plan
 from pipeline.steps.logits import check_request
 from pipeline.steps.prepare import preparation_fields, read_settings
 from pipeline.steps.reader import load_saes
@@ -28,9 +30,13 @@ _CHARS_PER_TOKEN = 3.6
 class Identity:
     """Everything that decides numbers, known before any work."""
 
+    config: AnalyzeConfig
+    """The job's, every null key of a mask settled."""
     facts: ModelFacts
     saes: dict[SiteKey, LoadedSae]
     numerics: dict[str, str | int]
+    versions: dict[str, str]
+    """Of the software here; no part of an identity."""
     preparation: dict[str, Any]
     measure: dict[str, Any]
 
@@ -54,16 +60,21 @@ class Identity:
         """What the shards of a snapshot were computed with: one answer, or `mixed`: all there are."""
         if self.measure["numerics"] != plan.MIXED:
             return dict(self.numerics)
-        found = {canonical(receipt.ran["numerics"]): receipt.ran["numerics"] for receipt in receipts}
+        ran = ({k: v for k, v in receipt.ran["numerics"].items() if k != "torch"} for receipt in receipts)
+        found = {canonical(numerics): numerics for numerics in ran}
         return {plan.MIXED: [found[key] for key in sorted(found)]}
 
 
 def identify(config: AnalyzeConfig) -> Identity:
     """Read model config, SAEs and tokenizer; check what can be checked without the model's weights.
 
+    Identities have the form that the catalog's name was claimed in.
+
     Raises:
         UserError: if they do not belong together, or cannot be read.
     """
+    claim = claims.claimed(LocalBlobs(config.store.root), config.catalog.name)
+    config = config.model_copy(update={"masks": claims.resolved(config.masks, claim)})
     model = config.model
     chosen = choose_device(model.device)
     if config.cluster.mixed_numerics and model.dtype == "auto":
@@ -93,12 +104,17 @@ def identify(config: AnalyzeConfig) -> Identity:
     numerics = device.configure(config.cluster.threads_per_worker, chosen)
     dtype = str(choose_dtype(model.dtype, chosen)).removeprefix("torch.")
     about_model = {"digest": facts.digest, "family": facts.family, "dtype": dtype, "tokenizer": tokenizer.digest}
+    fields = {
+        "preparation": preparation_fields(config.corpus, tokenizer, shard_tokens),
+        "measure": plan.measure_fields(config, about_model, saes, numerics),
+    }
     return Identity(
+        config=config,
         facts=facts,
         saes=saes,
         numerics=numerics,
-        preparation=preparation_fields(config.corpus, tokenizer, shard_tokens),
-        measure=plan.measure_fields(config, about_model, saes, numerics),
+        versions=versions(chosen),
+        **claims.expressed(fields, claim, tokenizer),
     )
 
 

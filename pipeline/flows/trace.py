@@ -26,7 +26,7 @@ from pipeline.io.checkpoints import LoadedSae
 from pipeline.io.device import choose_device
 from pipeline.io.model import LanguageModel, model_facts
 from pipeline.io.paths import Paths
-from pipeline.records import canonical
+from pipeline.records import sealed
 from pipeline.steps import layout
 from pipeline.steps.cluster import connected, run_tasks
 from pipeline.steps.progress import Voice, new_run
@@ -241,5 +241,5 @@ def _publish(config: TraceConfig, catalog: Catalog, table: tables.Table, page: b
         "made_at": time.time(),
         "files": {name: hashlib.sha256(body).hexdigest() for name, body in files.items()},
     }
-    blobs.put("trace.json", canonical(facts))
+    blobs.put("trace.json", sealed(facts))
     return blobs.root

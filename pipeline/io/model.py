@@ -86,6 +86,11 @@ class LanguageModel:
         model_id, revision, trust_remote_code = self._origin
         return Tokenizer(model_id, revision, trust_remote_code=trust_remote_code)
 
+    @property
+    def attention(self) -> str:
+        """The implementation of attention that it runs."""
+        return str(self.inner.config.get_text_config()._attn_implementation)
+
     def captures(self, points: Iterable[HookPoint]) -> Captures:
         """Hooks for these points, to be entered with `with`.
 

@@ -37,6 +37,8 @@ class Tokenizer:
         commit = self._inner.init_kwargs.get("_commit_hash")
         rules = json.dumps([self.special_ids, self.bos_id, self.pad_id, self.adds_bos])
         self.digest = hashlib.sha256((digest(source, TOKENIZER_FILES, commit) + rules).encode()).hexdigest()
+        self.file_digest = self.digest
+        """Of its files and special tokens; names it in stores of preparation format 1 and measure format 3."""
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without added special tokens."""

@@ -6,7 +6,7 @@ from pipeline.config import AnalyzeConfig
 from pipeline.records import Receipt
 from pipeline.steps import preflight
 from pipeline.steps.preflight import Fit, FitProbe
-from pipeline.steps.shard import Analyzer, ShardTask
+from pipeline.steps.shard import Analyzer, Machine, ShardTask
 from pipeline.types import SiteKey
 
 
@@ -18,9 +18,10 @@ class AnalysisSession:
         config: AnalyzeConfig,
         preparation_id: str,
         measure_ids: Mapping[SiteKey, str],
-        numerics: dict[str, str | int],
+        expected: Machine,
+        partial_format: int,
     ):
-        self._analyzer = Analyzer(config, preparation_id, measure_ids, numerics)
+        self._analyzer = Analyzer(config, preparation_id, measure_ids, expected, partial_format)
 
     def run(self, task: ShardTask | FitProbe) -> tuple[Receipt, ...] | list[Fit]:
         """A probe gives fits, a shard its receipts."""
