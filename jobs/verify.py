@@ -14,6 +14,12 @@ def job(config: VerifyConfig) -> int:
         print(sentence, file=sys.stderr)
     for sentence in verdict.mixed:
         print(sentence)
+    if verdict.unproven:
+        told = ", ".join(f"{number} {kind}" for kind, number in sorted(verdict.unproven.items()))
+        print(
+            f"{told} were written before records carried a digest of their own: what they say is not proven; "
+            "jobs.analyze, run as for their catalogs again, gives them one"
+        )
     print(
         f"{verdict.num_checked} files checked, {verdict.num_recomputed} shards recomputed, {len(verdict.wrong)} wrong"
     )

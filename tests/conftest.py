@@ -16,6 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from pipeline.config import AnalyzeConfig
+from pipeline.records import sealed, unsealed
+from pipeline.steps.manifests import content_digest, facts_of
 
 WIDTH, LAYERS, VOCABULARY = 32, 3, 300
 TOPICS = (
@@ -58,6 +60,14 @@ def write_corpus(path: Path, seed: int, num_documents: int, bad_lines: tuple[str
     for line in bad_lines:
         lines.insert(rng.randrange(len(lines)), line)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a snapshot's manifest and seal it again, as whoever made it otherwise would have."""
+    content, _ = unsealed(path.read_bytes(), str(path))
+    change(content)
+    content["digest"] = content_digest(content["files"], facts_of(content))
+    path.write_bytes(sealed(content))
 
 
 @pytest.fixture(scope="session")

@@ -48,12 +48,12 @@ def wrong(root: Path) -> tuple[str, ...]:
 def nodes_of(root: Path) -> dict[str, Node]:
     """By the path of their record."""
     found = sorted(root.glob("measures/*/nodes/*.json"))
-    return {str(path.relative_to(root)): Node.model_validate_json(path.read_bytes()) for path in found}
+    return {str(path.relative_to(root)): Node.read(path.read_bytes(), str(path)) for path in found}
 
 
 def receipts_of(root: Path) -> dict[tuple[str, str], Receipt]:
     """By measure and shard."""
-    found = (Receipt.model_validate_json(path.read_bytes()) for path in root.glob("measures/*/receipts/*.json"))
+    found = (Receipt.read(path.read_bytes(), str(path)) for path in root.glob("measures/*/receipts/*.json"))
     return {(receipt.measure_id, receipt.shard.shard_id): receipt for receipt in found}
 
 

@@ -21,7 +21,7 @@ from pipeline.flows.plan import make_plan
 from pipeline.flows.snapshots import snapshots
 from pipeline.flows.verify import verify
 from pipeline.io.blobs import LocalBlobs
-from pipeline.steps import entries, plan
+from pipeline.steps import claims, entries
 from pipeline.steps.background import snapshot_folder
 from pipeline.steps.ledger import Ledger, SweepRun
 from pipeline.steps.reader import load_saes
@@ -123,7 +123,7 @@ def world(
     known = identify(config.model_copy(update={"saes": (SaeConfig(path=str(folder), name="x"),), "corpus":
                                                config.corpus.model_copy(update={"source": "x"})})).fields  # fmt: skip
     known["measure"]["saes"] = {k.replace("/x", "/my sae ü"): v for k, v in known["measure"]["saes"].items()}
-    plan.claim(LocalBlobs(tmp_path / "store"), "default", known)
+    claims.claim(LocalBlobs(tmp_path / "store"), "default", known)
     analyze(config, lambda line: None)
     return config
 

@@ -290,13 +290,13 @@ def test_a_first_snapshot_and_missing_partials_are_said(root: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("body", ["{", "[]", "{}", "\0"])
-def test_a_damaged_manifest_is_named_and_published_anew(root: Path, body: str) -> None:
+def test_a_damaged_manifest_is_named_and_put_back(root: Path, body: str) -> None:
     mine = built(root, "damaged", slices=["notes"])
     (mine.folder / "manifest.json").write_text(body)
-    with pytest.raises(CorruptError, match=r"catalogs/damaged/00000\d/manifest\.json is (damaged|no manifest)"):
+    with pytest.raises(CorruptError, match=r"catalogs/damaged/00000\d/manifest\.json is damaged"):
         Catalog(root, "damaged")
     again = built(root, "damaged", slices=["notes"])
-    assert (again.number, again.digest) == (mine.number + 1, mine.digest)
+    assert (again.number, again.digest) == (mine.number, mine.digest)
     shutil.rmtree(mine.folder)
 
 

@@ -71,7 +71,7 @@ def _refusing(monkeypatch: pytest.MonkeyPatch, step: str, number: int) -> Iterat
         ("fsync", errno.EDQUOT, "is full; free some space"),
         ("fsync", errno.EIO, "cannot be written: Input/output error"),
         ("rename", errno.EROFS, "cannot be written: Read-only file system"),
-        ("link", errno.EPERM, "cannot be written: Operation not permitted"),
+        ("link", errno.EROFS, "cannot be written: Read-only file system"),
     ],
 )
 def test_a_refused_write_leaves_no_draft_and_the_old_bytes(

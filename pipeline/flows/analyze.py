@@ -17,7 +17,7 @@ from pipeline.flows.filling import Filling
 from pipeline.flows.reduction import Chosen, reduce
 from pipeline.flows.report import Report, write_report
 from pipeline.records import Failure, SourceRecord
-from pipeline.steps import plan, publish
+from pipeline.steps import claims, plan, publish, seals
 from pipeline.steps.logits import LogitSettings
 from pipeline.steps.partial import RangeTask
 
@@ -48,11 +48,13 @@ def analyze(config: AnalyzeConfig, say: Callable[[str], None] | None = None) -> 
         UserError: if the user must change something; nothing that was finished is lost.
     """
     filling = Filling(config, say)
-    plan.check_claim(filling.blobs, config.catalog.name, filling.identity.fields)
+    claims.check_claim(filling.blobs, config.catalog.name, filling.identity.fields)
     with filling.running(config.catalog.name):
         records, receipts, failures = filling.run()
-        plan.claim(filling.blobs, config.catalog.name, filling.identity.fields)
-        return _publish(filling, records, receipts, failures)
+        claims.claim(filling.blobs, config.catalog.name, filling.identity.fields)
+        analysis = _publish(filling, records, receipts, failures)
+        _seal(filling)
+        return analysis
 
 
 def _publish(
@@ -72,6 +74,7 @@ def _publish(
         sources=[_about_source(record) for record in records],
         missing=[failure.shard.shard_id for failure in failures],
         weights={},
+        unproven={"sources": sum(not record.is_proven for record in records)},
         volatile={
             "config": config.model_dump(mode="json"),
             "numerics": identity.numerics_of(each for found in receipts.values() for each in found.values()),
@@ -93,6 +96,21 @@ def _publish(
         seconds=filling.seconds,
         report=_report(filling, catalog) if config.report else None,
     )
+
+
+def _seal(filling: Filling) -> None:
+    """Give a seal to what was written before records had one, and say so."""
+    blobs, identity = filling.blobs, filling.identity
+    keys = [*seals.keys_of_corpora(blobs, identity.preparation_id)]
+    for measure_id in sorted(set(identity.measure_ids.values())):
+        keys += seals.keys_of_measures(blobs, measure_id)
+    found = seals.seal(blobs, [*keys, *seals.keys_of_catalogs(blobs, filling.config.catalog.name)])
+    if found:
+        told = ", ".join(f"{number} {kind}" for kind, number in sorted(found.items()))
+        filling.voice.say(
+            f"{told} were written before records carried a digest of their own: they were read as they are, and have "
+            "one now"
+        )
 
 
 def _report(filling: Filling, catalog: Catalog) -> Report:

@@ -18,8 +18,8 @@ from pipeline.flows.catalog import Catalog
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.hooks import check_point
-from pipeline.records import canonical
-from pipeline.steps import layout, publish, ranges
+from pipeline.records import sealed
+from pipeline.steps import layout, manifests, publish, ranges
 from pipeline.steps.cluster import run_tasks
 from pipeline.steps.logits import (
     LOGITS,
@@ -95,23 +95,24 @@ def attribute(config: AttributeConfig, say: Callable[[str], None] | None = None)
 
 def _to_folder(config: AttributeConfig, say: Callable[[str], None] | None) -> Attribution:
     blobs = LocalBlobs(config.out or Path(config.store.root) / "logits")
-    about, todo = _identify(config)
+    about, todo = _identify(config, None)
     with publish.Draft(blobs, (), {}) as draft:
         voice = Voice(blobs, "events.jsonl", say)
         with blobs.writing():
             facts, seconds = write_logits(draft.folder, _settings(config, about), todo, config.cluster, voice)
         files = publish.digests(draft.folder)
         blobs.delete("manifest.json")
+        blobs.sync()
         for name in files:
             blobs.adopt(name, draft.folder / name)
-        blobs.put("manifest.json", canonical({"files": files, **about, "logits": facts}))
+        blobs.put("manifest.json", sealed({"files": files, **about, "logits": facts}))
     return Attribution(folder=blobs.root, is_new=True, dtype=about["model"]["dtype"], seconds=seconds)
 
 
 def _to_catalog(config: AttributeConfig, name: str, say: Callable[[str], None] | None) -> Attribution:
     blobs, old = LocalBlobs(config.store.root), Catalog(config.store.root, name)
     config = _with_parts_of(old, config)
-    about, todo = _identify(config, old.manifest["identity"]["measure"]["model"].get("tokenizer"))
+    about, todo = _identify(config, old.measure["model"].get("tokenizer"))
     _prove(about, old)
     kept = {file: facts for file, facts in old.manifest["files"].items() if file not in (LOGITS, MOMENTS)}
     with publish.Draft(blobs, (), {}) as draft:
@@ -129,7 +130,8 @@ def _to_catalog(config: AttributeConfig, name: str, say: Callable[[str], None] |
             "seconds": old.manifest["seconds"] | {"logits": seconds},
             "passed_over": old.manifest.get("passed_over", []),
         }
-        number, _, is_new = draft.publish(name, publish.facts_of(old.manifest) | {"logits": facts}, volatile)
+        volatile |= {key: old.manifest[key] for key in ("made_with", "versions", "unproven") if key in old.manifest}
+        number, _, is_new = draft.publish(name, manifests.facts_of(old.manifest) | {"logits": facts}, volatile)
     folder = publish.folder_of(blobs, name, number)
     return Attribution(folder=folder, is_new=is_new, dtype=about["model"]["dtype"], seconds=seconds)
 

@@ -9,11 +9,12 @@ import numpy as np
 
 from pipeline.config import AnalyzeConfig
 from pipeline.errors import ConfigError
-from pipeline.io import store, tables
+from pipeline.io import tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import ShardRecord
 from pipeline.steps import entries, finding, layout, plan, publish
 from pipeline.steps.logits import LOGITS, MOMENTS
+from pipeline.steps.manifests import SnapshotFiles
 from pipeline.steps.reader import load_saes
 from pipeline.steps.stored_codes import StoredCodes, coactive
 from pipeline.types import HookPoint, SiteKey
@@ -47,6 +48,7 @@ class Catalog:
         self.folder = publish.folder_of(blobs, name, self.number)
         self.attached = blobs.path(layout.attached(name, self.number, ""))
         self.manifest = publish.read_manifest(blobs, name, self.number)
+        self._files = SnapshotFiles(self.folder, self.manifest["files"])
 
     @property
     def digest(self) -> str:
@@ -54,19 +56,33 @@ class Catalog:
         return str(self.manifest["digest"])
 
     @property
+    def measure(self) -> dict[str, Any]:
+        """What of its identity says how its text was looked at: `measure` of the manifest."""
+        found: dict[str, Any] = self.manifest["identity"]["measure"]
+        return found
+
+    @property
     def saes(self) -> list[str]:
         """`hook_point/sae` of every SAE."""
         return sorted(self.manifest["identity"]["measure"]["saes"])
 
+    def table(self, name: str, columns: Sequence[str] | None = None, **options: Any) -> tables.Table:
+        """A table of the snapshot, or some of it, as `io.tables.read` does.
+
+        Raises:
+            CorruptError: if its file is missing, or not the one that was published.
+        """
+        return self._files.table(name, columns, **options)
+
     @cached_property
     def features(self) -> tables.Table:
         """All of `features.parquet`, sorted by hook point, SAE and feature."""
-        return tables.read(self.folder / "features.parquet")
+        return self.table("features.parquet")
 
     @cached_property
     def slices(self) -> tables.Table:
         """All of `slices.parquet`."""
-        return tables.read(self.folder / "slices.parquet")
+        return self.table("slices.parquet")
 
     @property
     def units(self) -> dict[str, str]:
@@ -76,7 +92,7 @@ class Catalog:
     def of_sae(self, hook_point: str, sae: str) -> tables.Table:
         """Rows of `features` of one SAE, by feature id."""
         key = [("hook_point", "=", hook_point), ("sae", "=", sae)]
-        return tables.read(self.folder / "features.parquet", filters=key)
+        return self.table("features.parquet", filters=key)
 
     def feature(self, hook_point: str, sae: str, feature_id: int) -> dict[str, Any]:
         """The row of one feature.
@@ -134,7 +150,7 @@ class Catalog:
     @cached_property
     def _peaks(self) -> finding.Peaks:
         columns = ["hook_point", "sae", "feature_id", "position", "start", "tokens"]
-        return finding.peaks(tables.read(self.folder / "spans.parquet", columns, filters=[("group", "=", "top")]))
+        return finding.peaks(self.table("spans.parquet", columns, filters=[("group", "=", "top")]))
 
     def firing_on(self, text: str, num_features: int = 50) -> list[dict[str, Any]]:
         """Features that fire on a text in their kept spans: on any token of a place where it stands, as written.
@@ -146,7 +162,7 @@ class Catalog:
             by number of spans, then `max`.
         """
         columns = ["hook_point", "sae", "feature_id", "shard_id", "context_id", "start", "text", "tokens", "values"]
-        table = tables.read(self.folder / "spans.parquet", columns, filters=[("value", ">", 0)])
+        table = self.table("spans.parquet", columns, filters=[("value", ">", 0)])
         return finding.by_text(table.filter(tables.contains(table, "text", text)).to_pylist(), text)[:num_features]
 
     def in_slice(self, name: str, num_features: int = 50, by: str = "frequency") -> tables.Table:
@@ -232,7 +248,7 @@ class Catalog:
         Those named `slice_…` say the same of every slice, and sum over its documents; slices lie in the order of
         their names, on the first axis after features, if there are features.
         """
-        return store.read_tree(self.folder / "statistics.zarr", f"{hook_point}/{sae}")
+        return self._files.arrays(f"{hook_point}/{sae}")
 
     def logits(self, hook_point: str, sae: str, feature_id: int) -> tables.Table:
         """The tokens that one feature suppresses and promotes most, by sign and rank.
@@ -251,7 +267,7 @@ class Catalog:
             ConfigError: if the snapshot has no logits.
         """
         self._require_logits()
-        return tables.read(self.folder / MOMENTS)
+        return self.table(MOMENTS)
 
     def _require_logits(self) -> None:
         if "logits" not in self.manifest:
@@ -269,10 +285,11 @@ class Catalog:
         """
         if not (self.attached / "sources.parquet").is_file():
             raise ConfigError(f"{self.attached} holds no sources.parquet; run jobs.trace on this catalog first")
-        return self._of_key("sources.parquet", hook_point, sae, feature_id, self.attached)
+        return tables.read(self.attached / "sources.parquet", filters=_of_feature(hook_point, sae, feature_id))
 
-    def _of_key(
-        self, file: str, hook_point: str, sae: str, feature_id: int, folder: Path | None = None
-    ) -> tables.Table:
-        key = [("hook_point", "=", hook_point), ("sae", "=", sae), ("feature_id", "=", feature_id)]
-        return tables.read((folder or self.folder) / file, filters=key)
+    def _of_key(self, file: str, hook_point: str, sae: str, feature_id: int) -> tables.Table:
+        return self.table(file, filters=_of_feature(hook_point, sae, feature_id))
+
+
+def _of_feature(hook_point: str, sae: str, feature_id: int) -> list[tuple[str, str, Any]]:
+    return [("hook_point", "=", hook_point), ("sae", "=", sae), ("feature_id", "=", feature_id)]

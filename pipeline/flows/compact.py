@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from pipeline.config import ClusterConfig
-from pipeline.errors import ConfigError, CorruptError, IdentityError
+from pipeline.errors import ConfigError, CorruptError
 from pipeline.flows.catalog import Catalog
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import Node, Receipt, ShardRecord
@@ -67,11 +67,7 @@ def compact(
     cluster = cluster or ClusterConfig()
     catalog = Catalog(root, name, snapshot)
     fields = catalog.manifest["identity"]["measure"]
-    if fields["format"] != plan.FORMAT:
-        raise IdentityError(
-            f"catalog {name!r} was made from partials of format {fields['format']}, expected {plan.FORMAT}; run "
-            "jobs.analyze again under another catalog.name"
-        )
+    plan.check_readable(name, fields)
     if prune and fields["codes"] == "keep":
         raise ConfigError(
             f"catalog {name!r} keeps all codes, which only its partials hold: they cannot be pruned; compact it without"
@@ -226,6 +222,7 @@ class _Run:
         inner = [node for root in roots for node in measure.nodes.inside(root)]
         for node in inner:
             self._blobs.delete(layout.node(node.measure_id, node.node_id))
+        self._blobs.sync()
         stood_for = {shard_id for root in roots for shard_id in root.shards}
         receipts = plan.all_receipts(self._blobs, measure.measure_id)
         keep = {receipt.partial.key for receipt in receipts if receipt.shard.shard_id not in stood_for}

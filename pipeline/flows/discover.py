@@ -25,6 +25,7 @@ from pipeline.io import device, embedded, json_lines
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.memo import ArrayCache
+from pipeline.io.versions import versions
 from pipeline.records import digest_of
 from pipeline.steps.background import load_backgrounds, read_labels, snapshot_folder
 from pipeline.steps.cluster import run_tasks
@@ -56,7 +57,13 @@ def open_discoverer(config: DiscoveryConfig, planned: Provenance | None = None) 
     reader.warn_of_centring()
     facts = reader.model.facts
     dtype = str(choose_dtype(model.dtype, chosen)).removeprefix("torch.")
-    identity = {"model": facts.digest, "dtype": dtype, "tokenizer": reader.tokenizer.digest, "numerics": numerics}
+    identity = {
+        "model": facts.digest,
+        "dtype": dtype,
+        "tokenizer": reader.tokenizer.digest,
+        "numerics": numerics,
+        "versions": versions(chosen),
+    }
     folder = embedded.cache_dir() / "discover"
     loaded = Loaded(
         reader=reader,

@@ -12,12 +12,13 @@ from typing import Any
 
 from pipeline.config import AnalyzeConfig
 from pipeline.errors import CheckpointError, SourceError
-from pipeline.flows.identity import find_config_sources, identify, settled
+from pipeline.flows.identity import find_config_sources, identify
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device
 from pipeline.io.folders import PassedOver
+from pipeline.io.versions import others
 from pipeline.records import Failure, ShardRecord, SourceRecord, canonical
-from pipeline.steps import layout, plan, preflight
+from pipeline.steps import layout, manifests, plan, preflight
 from pipeline.steps.cluster import connected, run_tasks
 from pipeline.steps.demands import Run
 from pipeline.steps.outcomes import Outcome, result_of
@@ -25,7 +26,7 @@ from pipeline.steps.preflight import FitProbe
 from pipeline.steps.prepare import Preparer, PrepareSettings, choose_shards, read_settings
 from pipeline.steps.progress import Voice, new_run
 from pipeline.steps.session import AnalysisSession
-from pipeline.steps.shard import ShardTask, sample_sizes
+from pipeline.steps.shard import Machine, ShardTask, sample_sizes
 
 _NAMED = 10
 """Files that a line for people names; the manifest has all."""
@@ -57,8 +58,8 @@ class Filling:
         Raises:
             UserError: if parts do not belong together, or cannot be read.
         """
-        self.config = settled(config)
-        self.identity = identify(self.config)
+        self.identity = identify(config)
+        self.config = config = self.identity.config
         self.blobs = LocalBlobs(config.store.root)
         self.run_id = new_run()
         self.voice = Voice(self.blobs, layout.events(self.run_id), say)
@@ -77,12 +78,12 @@ class Filling:
     def _describe(self) -> None:
         """Write what preparation and measures are, for whoever finds them."""
         config, identity = self.config, self.identity
-        self.blobs.put_if_absent(layout.preparation(identity.preparation_id), canonical(identity.preparation))
+        manifests.describe(self.blobs, layout.preparation(identity.preparation_id), identity.preparation)
         measures = plan.measures(identity.measure)
         made = {"preparation_id": identity.preparation_id, "config": config.model_dump(mode="json")}
         for site in identity.saes:
             manifest = {"fields": measures[str(site)], **made}
-            self.blobs.put_if_absent(layout.measure(identity.measure_ids[site]), canonical(manifest))
+            manifests.describe(self.blobs, layout.measure(identity.measure_ids[site]), manifest)
 
     def run(self) -> tuple[list[SourceRecord], plan.Receipts, list[Failure]]:
         """Prepare and map: what of every source, the receipts of all whole shards, and what failed."""
@@ -149,12 +150,14 @@ class Filling:
         identity, cluster = self.identity, self.config.cluster
         receipts, left = plan.look(self.blobs, identity.measure_ids, shards)
         self._tell_plan(shards, left)
+        self._tell_versions(receipts, left)
         make = partial(
             AnalysisSession,
             self.config,
             identity.preparation_id,
             identity.measure_ids,
-            identity.numerics,
+            Machine(numerics=identity.numerics, versions=identity.versions),
+            identity.measure["format"],
             identity.provenance,
         )
         asked = self.config.preflight != "off" and bool(left)
@@ -208,6 +211,17 @@ class Filling:
         self.blobs.put(layout.run_plan(self.run_id), canonical(intent))
         done_tokens = sum(shard.num_tokens for shard in shards) - sum(tokens.values())
         self.voice.event("plan", {"done": cost.num_done, "done_tokens": done_tokens})
+
+    def _tell_versions(self, receipts: plan.Receipts, left: list[ShardTask]) -> None:
+        """Say if what is left will be computed by other software than what is done."""
+        done = {receipt.shard.shard_id: receipt for found in receipts.values() for receipt in found.values()}
+        told = {key: others(receipt.versions, self.identity.versions) for key, receipt in done.items()}
+        differing = sorted(set(filter(None, told.values())))
+        if left and differing:
+            self.voice.say(
+                f"this catalog grows under other versions: {sum(map(bool, told.values()))} of its {len(done)} shards "
+                f"were computed under {'; '.join(differing)} here; last bits may differ, and its manifest names all"
+            )
 
     def _judge(self, outcome: Outcome[Any, Any]) -> None:
         """Say how well the SAEs fit, and refuse if asked to."""

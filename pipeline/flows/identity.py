@@ -13,8 +13,9 @@ from pipeline.io.corpus import Found, find_sources
 from pipeline.io.device import choose_device, choose_dtype
 from pipeline.io.hooks import check_point
 from pipeline.io.model import ModelFacts
+from pipeline.io.versions import versions
 from pipeline.records import Receipt, canonical, digest_of
-from pipeline.steps import layout, plan
+from pipeline.steps import claims, layout, plan
 from pipeline.steps.logits import check_request
 from pipeline.steps.parts import Provenance, facts_of, tokenizer_of
 from pipeline.steps.prepare import preparation_fields, read_settings
@@ -29,9 +30,13 @@ _CHARS_PER_TOKEN = 3.6
 class Identity:
     """Everything that decides numbers, known before any work."""
 
+    config: AnalyzeConfig
+    """The job's, every null key of a mask settled."""
     facts: ModelFacts
     saes: dict[SiteKey, LoadedSae]
     numerics: dict[str, str | int]
+    versions: dict[str, str]
+    """Of the software here; no part of an identity."""
     preparation: dict[str, Any]
     measure: dict[str, Any]
     special_ids: tuple[int, ...]
@@ -62,7 +67,8 @@ class Identity:
         """What the shards of a snapshot were computed with: one answer, or `mixed`: all there are."""
         if self.measure["numerics"] != plan.MIXED:
             return dict(self.numerics)
-        found = {canonical(receipt.ran["numerics"]): receipt.ran["numerics"] for receipt in receipts}
+        ran = ({k: v for k, v in receipt.ran["numerics"].items() if k != "torch"} for receipt in receipts)
+        found = {canonical(numerics): numerics for numerics in ran}
         return {plan.MIXED: [found[key] for key in sorted(found)]}
 
 
@@ -72,28 +78,22 @@ def settled(config: AnalyzeConfig) -> AnalyzeConfig:
     Raises:
         CorruptError: if what the name stands for cannot be read.
     """
-    if config.masks.attention_sinks is not None:
-        return config
-    claimed = _claimed_masks(config)
-    sinks = True if claimed is None else bool(claimed.get("attention_sinks"))
-    return config.model_copy(update={"masks": config.masks.model_copy(update={"attention_sinks": sinks})})
-
-
-def _claimed_masks(config: AnalyzeConfig) -> dict[str, Any] | None:
-    claim = plan.claimed(LocalBlobs(config.store.root), config.catalog.name)
-    return None if claim is None else dict(claim.get("measure", {}).get("masks", {}))
+    claim = claims.claimed(LocalBlobs(config.store.root), config.catalog.name)
+    return config.model_copy(update={"masks": claims.resolved(config.masks, claim)})
 
 
 def identify(config: AnalyzeConfig) -> Identity:
     """Read model config, SAEs and tokenizer; check what can be checked without the model's weights.
 
+    Identities have the form that the catalog's name was claimed in.
+
     Raises:
         UserError: if they do not belong together, or cannot be read.
     """
-    is_new = not LocalBlobs(config.store.root).exists(layout.identity(config.catalog.name))
-    if is_new:
+    claim = claims.claimed(LocalBlobs(config.store.root), config.catalog.name)
+    if claim is None:
         _check_names(config)
-    config = settled(config)
+    config = config.model_copy(update={"masks": claims.resolved(config.masks, claim)})
     model = config.model
     chosen = choose_device(model.device)
     if config.cluster.mixed_numerics and model.dtype == "auto":
@@ -103,7 +103,7 @@ def identify(config: AnalyzeConfig) -> Identity:
         )
     facts = facts_of(model)
     saes = load_saes(config.saes)
-    if is_new:
+    if claim is None:
         _check_site_names(saes)
     for key, loaded in saes.items():
         check_point(key.hook_point, facts.taps, facts.num_layers)
@@ -125,17 +125,18 @@ def identify(config: AnalyzeConfig) -> Identity:
     numerics = device.configure(config.cluster.threads_per_worker, chosen)
     dtype = str(choose_dtype(model.dtype, chosen)).removeprefix("torch.")
     about_model = {"digest": facts.digest, "family": facts.family, "dtype": dtype, "tokenizer": tokenizer.digest}
-    measure = plan.measure_fields(config, about_model, saes, numerics)
-    claimed = _claimed_masks(config)
-    if claimed is not None and "attention_sinks" not in claimed and not config.masks.attention_sinks:
-        del measure["masks"]["attention_sinks"]  # the name is older than this key, and so are its partials
+    fields = {
+        "preparation": preparation_fields(config.corpus, tokenizer, shard_tokens),
+        "measure": plan.measure_fields(config, about_model, saes, numerics),
+    }
     return Identity(
+        config=config,
         facts=facts,
         saes=saes,
         numerics=numerics,
-        preparation=preparation_fields(config.corpus, tokenizer, shard_tokens),
-        measure=measure,
+        versions=versions(chosen),
         special_ids=tuple(tokenizer.special_ids),
+        **claims.expressed(fields, claim, tokenizer),
     )
 
 

@@ -7,7 +7,7 @@ from pipeline.config import AnalyzeConfig
 from pipeline.flows.identity import find_config_sources, identify
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.folders import PassedOver
-from pipeline.steps import plan
+from pipeline.steps import claims, plan
 from pipeline.steps.prepare import choose_shards, find_source, read_settings
 from pipeline.steps.shard import sample_sizes
 
@@ -41,7 +41,7 @@ def make_plan(config: AnalyzeConfig) -> Plan:
     """
     identity = identify(config)
     blobs = LocalBlobs(config.store.root)
-    plan.check_claim(blobs, config.catalog.name, identity.fields)
+    claims.check_claim(blobs, config.catalog.name, identity.fields)
     how = read_settings(config.corpus)
     found_sources = find_config_sources(config)
     records, unprepared = [], 0

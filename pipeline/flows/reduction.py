@@ -1,9 +1,10 @@
 """The end of every census: the partials of chosen shards become a published snapshot."""
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 from pipeline.config import AnalyzeConfig
 from pipeline.flows.catalog import Catalog
 from pipeline.io.blobs import LocalBlobs
-from pipeline.records import Receipt, ShardRecord, digest_of
+from pipeline.io.versions import versions
+from pipeline.records import Receipt, ShardRecord, canonical, digest_of
 from pipeline.steps import plan, publish, ranges, tree
 from pipeline.steps.cluster import run_tasks
 from pipeline.steps.outcomes import in_order, result_of
@@ -48,6 +50,8 @@ class Chosen:
     """By slice, where they differ."""
     volatile: Mapping[str, Any]
     """For the manifest, beside the content."""
+    unproven: Mapping[str, int] = field(default_factory=dict)
+    """How many records without a seal it was made from, by kind; beside receipts."""
 
     @property
     def sites(self) -> tuple[SiteKey, ...]:
@@ -108,11 +112,23 @@ def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: {}) ->
 
             with blobs.writing():
                 draft.write(results(), config.ranking.score, units, chosen.weights)
-        volatile = {**chosen.volatile, "made_at": time.time()}
+        volatile = {**chosen.volatile, **_origin(chosen), "made_at": time.time()}
         volatile["seconds"] = {**chosen.volatile["seconds"], "reduce": stage.seconds}
         number, _, is_new = draft.publish(config.catalog.name, _facts(chosen, blobs, units) | added, volatile)
     voice.event("done", {"snapshot": number, "is_new": is_new})
     return Catalog(config.store.root, config.catalog.name, number), is_new
+
+
+def _origin(chosen: Chosen) -> dict[str, Any]:
+    """What software made the shards, set by set, and the rest; how many records were believed without a seal."""
+    receipts = [receipt for found in chosen.sorted_receipts() for receipt in found]
+    by_versions: dict[bytes, set[str]] = {}
+    for receipt in receipts:
+        by_versions.setdefault(canonical(receipt.versions), set()).add(receipt.shard.shard_id)
+    sets = [{**json.loads(key), "shards": len(by_versions[key])} for key in sorted(by_versions)]
+    unproven = {"receipts": sum(not receipt.is_proven for receipt in receipts), **chosen.unproven}
+    told = {kind: number for kind, number in unproven.items() if number}
+    return {"versions": sets, "made_with": versions()} | ({"unproven": told} if told else {})
 
 
 def _facts(chosen: Chosen, blobs: LocalBlobs, units: Sequence[Sequence[Unit]]) -> dict[str, Any]:

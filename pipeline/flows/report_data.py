@@ -82,7 +82,7 @@ class SiteData:
         first, last = (int(used[0]), int(used[-1])) if len(used) else (0, 0)
         self._first_bin = first // BINS_PER_OCTAVE * BINS_PER_OCTAVE
         self._stop_bin = (last // BINS_PER_OCTAVE + 1) * BINS_PER_OCTAVE
-        slices = tables.read(catalog.folder / "slices.parquet", filters=self._key())
+        slices = catalog.table("slices.parquet", filters=self._key())
         self._slices = sorted(set(slices["slice"].to_pylist()))
         self._by_slice = {
             name: np.asarray(slices[name]).reshape(self.num_features, len(self._slices))
@@ -138,7 +138,7 @@ class SiteData:
         found: list[dict[str, None]] = [{} for _ in range(self.num_features)]
         for start in range(0, self.num_features, BLOCK):
             key = [*self._key(start, start + BLOCK), ("group", "=", "top")]
-            rows = tables.read(self._catalog.folder / "spans.parquet", columns, filters=key)
+            rows = self._catalog.table("spans.parquet", columns, filters=key)
             begin, tokens = tables.ragged(rows, "tokens")
             place = begin[:-1] + np.asarray(rows["position"]) - np.asarray(rows["start"])
             for feature_id, token in zip(rows["feature_id"].to_pylist(), tokens[place], strict=True):
@@ -160,7 +160,7 @@ class SiteData:
                 yield first // CHUNK, self._chunk(first, last, mine, logits)
 
     def _rows(self, file: str, start: int, stop: int) -> tables.Table:
-        return tables.read(self._catalog.folder / file, filters=self._key(start, stop))
+        return self._catalog.table(file, filters=self._key(start, stop))
 
     def _chunk(self, start: int, stop: int, spans: tables.Table | None, logits: tables.Table | None) -> Plain:
         features = [self._feature(row) for row in self._table.slice(start, stop - start).to_pylist()]

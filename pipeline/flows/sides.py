@@ -14,7 +14,7 @@ from pipeline.config import SideConfig
 from pipeline.errors import ConfigError, IdentityError
 from pipeline.flows.catalog import Catalog
 from pipeline.io.blobs import LocalBlobs
-from pipeline.steps import plan
+from pipeline.steps import claims, plan
 from pipeline.steps.contrast import SiteSums, site_sums
 from pipeline.steps.pairs import Measured
 from pipeline.types import HookPoint, SiteKey
@@ -53,12 +53,7 @@ class Side:
                 "compare the catalog that it was built from"
             )
         self.identity: dict[str, Any] = self.catalog.manifest["identity"]
-        made = self.identity["measure"]["format"]
-        if made != plan.FORMAT:
-            raise IdentityError(
-                f"catalog {config.name!r} was made from partials of format {made}, expected {plan.FORMAT}; "
-                "run jobs.analyze again under another catalog.name"
-            )
+        plan.check_readable(config.name, self.identity["measure"])
         self._blobs = LocalBlobs(config.root)
 
     @property
@@ -130,7 +125,7 @@ def relate(a: Side, b: Side) -> Relation:
         ConfigError: if they share text, or no SAE.
         IdentityError: if they differ in a field that decides numbers, naming every such field.
     """
-    found = plan.differences(a.identity, b.identity)
+    found = claims.differences(a.identity, b.identity)
     common = sorted(a.saes.keys() & b.saes.keys())
     left_out = sorted(a.saes.keys() ^ b.saes.keys())
     of_the_model = [field for field in found if field in _OF_THE_MODEL]

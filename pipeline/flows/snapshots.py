@@ -15,7 +15,7 @@ from pipeline.flows.catalog import Catalog, catalog_names
 from pipeline.flows.reduction import Chosen, reduce
 from pipeline.io.blobs import LocalBlobs
 from pipeline.records import ShardRecord
-from pipeline.steps import layout, plan, publish
+from pipeline.steps import claims, layout, plan, publish
 from pipeline.steps.cluster import connected
 from pipeline.steps.logits import LOGITS, MOMENTS
 from pipeline.steps.partial import RangeTask
@@ -123,7 +123,7 @@ def build(config: SnapshotsConfig, say: Callable[[str], None] | None = None) -> 
             "built_from": config.model_dump(mode="json", exclude={"store", "cluster"}),
         },
     )
-    plan.claim(blobs, settings.catalog.name, identity)
+    claims.claim(blobs, settings.catalog.name, identity)
     voice = Voice(blobs, layout.events(new_run()), say)
     about = {"catalog": config.into, "workers": config.cluster.num_workers, "address": config.cluster.address}
     with voice.running(about), connected(config.cluster):
@@ -138,16 +138,11 @@ def _bases(config: SnapshotsConfig) -> list[Catalog]:
         if number and not number.isdecimal():
             raise ConfigError(f"also names {named!r}; expected a catalog, or catalog@snapshot")
         bases.append(Catalog(config.store.root, name, int(number) if number else None))
-        found = plan.differences(bases[0].manifest["identity"], bases[-1].manifest["identity"])
+        found = claims.differences(bases[0].manifest["identity"], bases[-1].manifest["identity"])
         if found:
             what = "; ".join(f"{field} is {here!r} and {there!r}" for field, (here, there) in found.items())
             raise IdentityError(f"catalogs {config.catalog.name!r} and {name!r} cannot be joined: {what}")
-    made = bases[0].manifest["identity"]["measure"]["format"]
-    if made != plan.FORMAT:
-        raise IdentityError(
-            f"catalog {config.catalog.name!r} was made from partials of format {made}, expected {plan.FORMAT}; run "
-            "jobs.analyze again under another catalog.name"
-        )
+    plan.check_readable(config.catalog.name, bases[0].manifest["identity"]["measure"])
     return bases
 
 

@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from pydantic import ValidationError
-
 from pipeline.config.status import StatusConfig
-from pipeline.errors import ConfigError, CorruptError
+from pipeline.errors import CensusError, ConfigError, CorruptError
 from pipeline.flows.run_status import Reason, RunStatus, State, Straggler
 from pipeline.io import json_lines
 from pipeline.io.blobs import LocalBlobs
@@ -201,8 +199,8 @@ class _Told:
         for shard_id in sorted(there):
             keys = [layout.receipt(measure_id, shard_id) for measure_id in self._measure_ids]
             try:
-                found = [Receipt.model_validate_json(self._blobs.get(key)).ran for key in keys]
-            except ValidationError:
+                found = [Receipt.read(self._blobs.get(key), key).ran for key in keys]
+            except CensusError:
                 continue  # damaged: it will be analysed again
             ran = max(found, key=lambda one: one["at"])
             if self.plan["at"] <= ran["at"] <= self.seen_at + SILENT_SECONDS:

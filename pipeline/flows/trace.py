@@ -27,7 +27,7 @@ from pipeline.io.checkpoints import LoadedSae
 from pipeline.io.device import choose_device
 from pipeline.io.model import LanguageModel
 from pipeline.io.paths import Paths
-from pipeline.records import canonical
+from pipeline.records import sealed
 from pipeline.steps import layout
 from pipeline.steps.cluster import connected, run_tasks
 from pipeline.steps.parts import Provenance
@@ -237,5 +237,5 @@ def _publish(config: TraceConfig, catalog: Catalog, table: tables.Table, page: b
         "dtype": DTYPE,
         "files": {name: hashlib.sha256(body).hexdigest() for name, body in files.items()},
     }
-    blobs.put("trace.json", canonical(facts))
+    blobs.put("trace.json", sealed(facts))
     return blobs.root

@@ -46,7 +46,9 @@ def write(path: Path, records: Iterable[dict[str, Any]], *, many: bool) -> None:
         else:
             with draft.open("w", encoding="utf-8", newline="") as target:
                 target.writelines(_text(path.suffix, records, many=many))
-        draft.replace(path)
+        blobs = LocalBlobs(path.parent)
+        blobs.adopt(path.name, draft)
+        blobs.sync()  # the parts of a batch are removed next
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror}") from error
     finally:

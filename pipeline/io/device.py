@@ -34,7 +34,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def configure(threads: int, device: torch.device) -> dict[str, str | int]:
-    """Set this process up for analysis and say how: equal answers promise equal bits.
+    """Set this process up for analysis and say how: equal answers under equal versions promise equal bits.
 
     glibc maps and unmaps every large buffer afresh, which costs fp32 forward passes a third of their time in
     page faults; here it keeps them. torch's default fp32 matmul runs at half speed on AMD processors, where
@@ -54,7 +54,6 @@ def configure(threads: int, device: torch.device) -> dict[str, str | int]:
         "threads": threads if device.type == "cpu" else 0,
         "float32_matmul": precision,
         "malloc": "keeps large buffers" if kept else "default",
-        "torch": torch.__version__,
     }
 
 

@@ -157,6 +157,11 @@ class LanguageModel:
             largest, self.num_embeddings, lambda: self.tokenizer.size, lambda token: self.tokenizer.tokens([token])[0]
         )
 
+    @property
+    def attention(self) -> str:
+        """The implementation of attention that it runs."""
+        return str(self.inner.config.get_text_config()._attn_implementation)
+
     def captures(self, points: Iterable[HookPoint]) -> Captures:
         """Hooks for these points, to be entered with `with`.
 

@@ -7,7 +7,7 @@ zeros without an error.
 
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import zarr
 from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore, ZipStore
 
 from pipeline.errors import CorruptError
@@ -91,21 +92,37 @@ class Pack:
         try:
             found = self._root.get(name)
             if isinstance(found, zarr.Array):
-                # Zarr reads a missing chunk as zeros.
-                chunks = np.ndindex(*found.cdata_shape)
-                if not self._names.issuperset(f"{name}/c/{'/'.join(map(str, index))}" for index in chunks):
-                    raise CorruptError(f"the partial {self._store.path} lacks chunks of {name}")
+                _check_whole(name, found, self._names)
                 return np.asarray(found[start:stop])
-        except (OSError, zipfile.BadZipFile, EOFError, KeyError, ValueError, RuntimeError) as error:
+        except (OSError, zipfile.BadZipFile, EOFError, KeyError, ValueError, RuntimeError, CorruptError) as error:
             raise CorruptError(f"the partial {self._store.path} is damaged at {name}: {error}") from error
         raise CorruptError(f"the partial {self._store.path} has no array {name}")
 
 
-def read_tree(path: Path, group: str) -> dict[str, np.ndarray]:
+def read_group(bodies: Mapping[str, bytes], group: str) -> dict[str, np.ndarray]:
     """All arrays of one group of `write_tree`.
 
+    Args:
+        bodies: its files by their paths in the tree, with the `zarr.json` of every group above.
+        group: its path.
+
     Raises:
-        KeyError: if there is no such group.
+        CorruptError: if they are no such group, or chunks are missing.
     """
-    found = zarr.open_group(LocalStore(path, read_only=True), path=group, mode="r", zarr_format=3)
-    return {name: np.asarray(array[...]) for name, array in sorted(found.arrays())}
+    buffer = default_buffer_prototype().buffer
+    entries = {name: buffer.from_bytes(body) for name, body in bodies.items()}
+    try:
+        found = zarr.open_group(MemoryStore(entries, read_only=True), path=group, mode="r", zarr_format=3)
+        arrays = dict(sorted(found.arrays()))
+        for name, array in arrays.items():
+            _check_whole(f"{group}/{name}", array, entries.keys())
+        return {name: np.asarray(array[...]) for name, array in arrays.items()}
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        raise CorruptError(f"the arrays of {group} cannot be read: {error}") from error
+
+
+def _check_whole(name: str, array: zarr.Array, entries: Collection[str]) -> None:
+    """Zarr reads a missing chunk as zeros."""
+    for index in np.ndindex(*array.cdata_shape):
+        if f"{name}/c/{'/'.join(map(str, index))}" not in entries:
+            raise CorruptError(f"chunks of the array {name} are missing")

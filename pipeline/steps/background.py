@@ -14,10 +14,12 @@ from pipeline.compute import stats as statistics
 from pipeline.compute.discovery import TauMode, thresholds
 from pipeline.compute.stats import FeatureStats
 from pipeline.config import MasksConfig
-from pipeline.errors import ConfigError, CorruptError
-from pipeline.io import json_lines, store, tables
+from pipeline.errors import ConfigError
+from pipeline.io import json_lines, tables
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.steps import entries
+from pipeline.steps.claims import masks_of
+from pipeline.steps.manifests import SnapshotFiles, open_manifest
 from pipeline.types import SiteKey
 
 LabelSource = Literal["table", "catalog", "proto"]
@@ -86,13 +88,10 @@ def load_backgrounds(path: str, saes: Mapping[SiteKey, LoadedSae]) -> Background
         CorruptError: if it is damaged.
     """
     folder = snapshot_folder(path)
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        identity = manifest["identity"]["measure"]
-        known = {name: digest for name, digest in identity["saes"].items()}
-        digest = str(manifest["digest"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptError(f"{folder}/manifest.json is damaged: {error!r}") from error
+    manifest, _ = open_manifest(folder)
+    files = SnapshotFiles(folder, manifest["files"])
+    identity = manifest["identity"]["measure"]
+    known: dict[str, str] = identity["saes"]
     sites = {}
     for key, loaded in saes.items():
         names = [n for n, d in known.items() if d == loaded.digest and n.startswith(f"{key.hook_point}/")]
@@ -101,23 +100,20 @@ def load_backgrounds(path: str, saes: Mapping[SiteKey, LoadedSae]) -> Background
                 f"the catalog {path} has no statistics of SAE {key.sae} at {key.hook_point}; it was made with "
                 f"{', '.join(known)}; make one with jobs.analyze, or leave the catalog away"
             )
-        sites[key] = _background(folder, str(key.hook_point), names[0].removeprefix(f"{key.hook_point}/"))
+        sites[key] = _background(files, str(key.hook_point), names[0].removeprefix(f"{key.hook_point}/"))
     return Backgrounds(
-        digest=digest,
+        digest=str(manifest["digest"]),
         sites=sites,
         model_digest=str(identity["model"]["digest"]),
-        masks=MasksConfig.model_validate(identity["masks"]),
+        masks=masks_of(identity),
     )
 
 
-def _background(folder: Path, hook_point: str, sae: str) -> Background:
-    try:
-        arrays = store.read_tree(folder / "statistics.zarr", f"{hook_point}/{sae}")
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise CorruptError(f"{folder}/statistics.zarr is damaged at {hook_point}/{sae}: {error}") from error
+def _background(files: SnapshotFiles, hook_point: str, sae: str) -> Background:
+    arrays = files.arrays(f"{hook_point}/{sae}")
     key = [("hook_point", "=", hook_point), ("sae", "=", sae)]
     columns = ["feature_id", "tokens_counted", "proto_label", "label"]
-    rows = tables.read(folder / "features.parquet", columns, filters=key).to_pylist()
+    rows = files.table("features.parquet", columns, filters=key).to_pylist()
     labels: dict[int, tuple[str, LabelSource]] = {}
     for row in rows:
         if row["label"]:

@@ -6,21 +6,17 @@ There is no lock: two ticks at the same time do the same work twice and publish 
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from pipeline.errors import CorruptError
 from pipeline.io import schemas, tables
 from pipeline.io.blobs import LocalBlobs
-from pipeline.records import canonical
+from pipeline.records import Record
 from pipeline.steps import entries
 
 Status = Literal["done", "unchanged", "partly", "failed"]
 
 
-class SweepRun(BaseModel):
+class SweepRun(Record):
     """What one run of an entry gave."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     entry: str
     started_at: datetime
@@ -44,19 +40,24 @@ class Ledger:
 
     def runs(self, entry: str | None = None) -> list[SweepRun]:
         """All runs, or those of one entry, by start."""
-        folder = self._blobs.path("sweeps/runs")
-        swept = entries.named(folder, entries.ENTRY) if entry is None else [entry]
-        found = [
-            self._read(f"sweeps/runs/{one}/{name}")
-            for one in swept
-            for name in entries.named(folder / one, entries.SWEPT)
-        ]
+        found = [self.read(key) for key in self.records(entry)]
         return sorted(found, key=lambda run: (run.started_at, run.entry))
 
-    def _read(self, key: str) -> SweepRun:
+    def records(self, entry: str | None = None) -> list[str]:
+        """The records of all runs, or of those of one entry, sorted."""
+        folder = self._blobs.path("sweeps/runs")
+        swept = entries.named(folder, entries.ENTRY) if entry is None else [entry]
+        return [f"sweeps/runs/{one}/{name}" for one in swept for name in entries.named(folder / one, entries.SWEPT)]
+
+    def read(self, key: str) -> SweepRun:
+        """The run of a record.
+
+        Raises:
+            CorruptError: if it is damaged.
+        """
         try:
-            return SweepRun.model_validate_json(self._blobs.get(key))
-        except ValidationError as error:
+            return SweepRun.read(self._blobs.get(key), key)
+        except CorruptError as error:
             raise CorruptError(
                 f"{self._blobs.path(key)} is damaged: remove it, and its run will count as none"
             ) from error
@@ -64,7 +65,7 @@ class Ledger:
     def add(self, run: SweepRun) -> None:
         """Record a run, and write the table anew."""
         key = f"sweeps/runs/{run.entry}/{_stamp(run.started_at)}.json"
-        self._blobs.put_if_absent(key, canonical(run.model_dump(mode="json")))
+        self._blobs.put_if_absent(key, run.to_bytes())
         rows = [_row(one) for one in self.runs()]
         self._blobs.put("sweeps/sweeps.parquet", tables.to_bytes(tables.from_rows(schemas.SWEEPS, rows)))
 

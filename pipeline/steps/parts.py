@@ -73,7 +73,7 @@ class Provenance:
 
     def prove_tokenizer(self, name: str, tokenizer: Tokenizer) -> None:
         """Raises IdentityError if the loaded tokenizer is another one."""
-        self._prove(f"the tokenizer of {name}", tokenizer.digest, self.tokenizer)
+        self._prove(f"the tokenizer of {name}", tokenizer.digest_as(self.tokenizer), self.tokenizer)
 
     def prove_saes(self, digests: Mapping[str, str]) -> None:
         """Raises IdentityError if one of the SAEs is not among the loaded ones, by site, or is another one."""

@@ -1,11 +1,10 @@
 """Identities and the plan: what decides numbers, what is done, what is left, what it will cost.
 
 Nothing here computes a statistic. A measure is everything but the text that decides the bytes of a partial: the
-model, one SAE, the settings. A catalog is one preparation and the measures of its SAEs, which share all but the SAE;
-it refuses any other by the name of the field.
+model, one SAE, the settings. A catalog is one preparation and the measures of its SAEs, which share all but the SAE
+(`claims` says how a catalog's name holds them).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,17 +17,17 @@ from pipeline.config import AnalyzeConfig
 from pipeline.errors import CorruptError, IdentityError
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.checkpoints import LoadedSae
-from pipeline.records import Receipt, ShardRecord, canonical, digest_of
+from pipeline.records import Receipt, ShardRecord, digest_of
 from pipeline.steps import entries, layout, tree
 from pipeline.steps.shard import ShardTask, sample_sizes
 from pipeline.types import SiteKey
 
-FORMAT = 3
-"""Raise it when the arrays of a partial change."""
+FORMAT = 4
+"""Raise it when the arrays of a partial change, or what a measure says."""
+_READABLE = (3, FORMAT)
+"""Formats of partials that can be read beside each other; `claims` says what is different about the older ones."""
 MIXED = "mixed"
 """The numerics of a measure whose shards may come from machines that compute other bits."""
-_ABSENT = {"measure.masks.attention_sinks": False}
-"""What fields mean that an older identity lacks."""
 _SAMPLE_BYTES = 22
 """Stored bytes of a kept sample with the codes of its context, measured on the embedded SAEs."""
 
@@ -53,7 +52,7 @@ def measure_fields(
         config: of the job, its masks settled.
         model: identity of the weights: digest, family, dtype.
         saes: by site.
-        numerics: as from `io.device.configure`.
+        numerics: as from `io.device.configure`; versions of software are no part of a measure.
     """
     return {
         "format": FORMAT,
@@ -66,6 +65,24 @@ def measure_fields(
         "codes": config.codes,
         "numerics": MIXED if config.cluster.mixed_numerics else dict(numerics),
     }
+
+
+def check_readable(name: str, measure: Mapping[str, Any]) -> None:
+    """Prove that the partials of a catalog can be read.
+
+    Raises:
+        IdentityError: if they are of a format that is too old, or newer than this program.
+    """
+    if measure["format"] not in _READABLE:
+        raise IdentityError(
+            f"catalog {name!r} was made from partials of format {measure['format']}, expected "
+            f"{' or '.join(map(str, _READABLE))}; "
+            + (
+                "use the newer SAE Census that made it"
+                if measure["format"] > FORMAT
+                else "run jobs.analyze again under another catalog.name"
+            )
+        )
 
 
 def measures(fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -86,61 +103,6 @@ def measures(fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def measure_ids(fields: Mapping[str, Any]) -> dict[str, str]:
     """The id of every SAE's measure, by site."""
     return {site: digest_of(measure) for site, measure in measures(fields).items()}
-
-
-def claim(blobs: LocalBlobs, name: str, fields: dict[str, Any]) -> None:
-    """Make a catalog's name stand for these fields, or prove that it already does.
-
-    Raises:
-        IdentityError: naming every field that differs.
-    """
-    if not blobs.put_if_absent(layout.identity(name), canonical(fields)):
-        check_claim(blobs, name, fields)
-
-
-def check_claim(blobs: LocalBlobs, name: str, fields: dict[str, Any]) -> None:
-    """Prove that a catalog's name is free, or stands for these fields.
-
-    Raises:
-        IdentityError: naming every field that differs.
-    """
-    claim = claimed(blobs, name)
-    if claim is None:
-        return
-    found = differences(claim, json.loads(canonical(fields)))
-    if found:
-        what = "; ".join(f"{k} was {there!r}, now {here!r}" for k, (there, here) in found.items())
-        raise IdentityError(
-            f"catalog {name!r} in {blobs.root} was made under other settings: {what}; go back to those, or choose "
-            "another catalog.name or store.root"
-        )
-
-
-def claimed(blobs: LocalBlobs, name: str) -> dict[str, Any] | None:
-    """The fields that a catalog's name stands for; None if it is free.
-
-    Raises:
-        CorruptError: if they cannot be read.
-    """
-    key = layout.identity(name)
-    if not blobs.exists(key):
-        return None
-    try:
-        return dict(json.loads(blobs.get(key)))
-    except (ValueError, TypeError) as error:
-        raise CorruptError(f"{blobs.path(key)} is damaged: remove it and run jobs.analyze as for {name!r}") from error
-
-
-def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The fields that differ between two identities, by their dotted names; None where a side lacks one."""
-    one, other = _ABSENT | _flat(dict(a)), _ABSENT | _flat(dict(b))
-    return {k: (one.get(k), other.get(k)) for k in sorted(one.keys() | other.keys()) if one.get(k) != other.get(k)}
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
 
 
 def read_receipt(blobs: LocalBlobs, measure_id: str, shard: ShardRecord) -> Receipt | None:
@@ -197,8 +159,10 @@ def look(
 
 def _done(blobs: LocalBlobs, measure_id: str, shards: Sequence[ShardRecord]) -> dict[str, Receipt]:
     read = {shard.shard_id: read_receipt(blobs, measure_id, shard) for shard in shards}
-    found = {shard_id: receipt for shard_id, receipt in read.items() if receipt is not None}
-    nodes = tree.Nodes(blobs, measure_id).cover([receipt.shard for receipt in found.values()])
+    mine = {shard.shard_id: shard for shard in shards}
+    found = {key: receipt for key, receipt in read.items() if receipt is not None and receipt.shard == mine[key]}
+    # A shard that lost its receipt is analysed again; the others that its node stands for are not.
+    nodes = tree.Nodes(blobs, measure_id).cover(shards)
     covered = {shard_id for node in nodes for shard_id in node.shards}
     return {key: found[key] for key in found if key in covered or has_partial(blobs, found[key])}
 

@@ -245,11 +245,12 @@ def find_source(blobs: LocalBlobs, preparation_id: str, source_id: str, max_toke
         if not blobs.exists(key):
             continue
         try:
-            record = SourceRecord.model_validate_json(blobs.get(key))
+            record = SourceRecord.read(blobs.get(key), key)
             files = record.files_sha256.items()
-            if all(blobs.digest(layout.shard(preparation_id, shard)) == sha256 for shard, sha256 in files):
+            sound = all(blobs.digest(layout.shard(preparation_id, shard)) == sha256 for shard, sha256 in files)
+            if sound and record.source_id == source_id:
                 return record
-        except (ValueError, CorruptError):  # what is damaged is prepared again
+        except CorruptError:  # what is damaged is prepared again
             continue
     return None
 

@@ -45,6 +45,7 @@ class Voice:
         self._console = Console(stderr=True)
         self._lines: list[str] = []
         self._num_files = 0
+        self._weaker = 0
         self._lock = threading.RLock()
         self._beats = False
         self._stage: Stage | None = None
@@ -82,6 +83,9 @@ class Voice:
         """Write the events so far."""
         with self._lock:
             self._flushed = time.monotonic()
+            for sentence in self._blobs.weaker[self._weaker :]:
+                self._lines.append(_line("weaker_promise", {"message": sentence}))
+                self._weaker += 1
             lines = list(self._lines)
             if self._beats:
                 lines.append(_line("alive", self._stage.counts() if self._stage else {}))

@@ -1,11 +1,10 @@
 """Publish a snapshot of a catalog: all files first, its manifest last, under a number that nobody else has.
 
 The digest of a snapshot covers what readers compute with (tables and arrays), so equal catalogs have equal
-digests whoever made them; a run that changes nothing publishes nothing.
+digests whoever made them; a run that changes nothing publishes nothing, and mends what was damaged since.
 """
 
 import hashlib
-import json
 import shutil
 import time
 import uuid
@@ -21,8 +20,8 @@ from pipeline.compute.weights import copies
 from pipeline.errors import CorruptError
 from pipeline.io import schemas, store, tables
 from pipeline.io.blobs import LocalBlobs
-from pipeline.records import canonical
-from pipeline.steps import entries, layout
+from pipeline.records import canonical, sealed
+from pipeline.steps import entries, layout, manifests
 from pipeline.steps.logits import says
 from pipeline.steps.partial import Unit
 from pipeline.steps.ranges import RangeResult
@@ -81,6 +80,8 @@ class Draft:
         """
         for name in files:
             target = self._folder / name
+            if not (folder / name).is_file():
+                raise CorruptError(f"{folder / name} is missing: run jobs.analyze again, it publishes the files anew")
             with self._blobs.writing():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, target)
@@ -157,7 +158,7 @@ class Draft:
         store.write_tree(self._folder / "statistics.zarr", groups, scales, _DIMENSIONS)
 
     def publish(self, name: str, facts: Mapping[str, Any], volatile: Mapping[str, Any]) -> tuple[int, str, bool]:
-        """Give the snapshot a number, unless the newest one is the same.
+        """Give the snapshot a number, unless the newest one is the same; then files of it that were damaged are mended.
 
         Args:
             name: of the catalog.
@@ -168,29 +169,52 @@ class Draft:
             The number, the digest, and whether it is new.
         """
         files = digests(self._folder)
-        content = {"files": files, **facts}
-        digest = hashlib.sha256(canonical(content)).hexdigest()
+        digest = manifests.content_digest(files, facts)
+        manifest = {"catalog": name, "digest": digest, "files": files, **facts, **volatile}
         newest = snapshots(self._blobs, name)[-1:]
-        if newest and self._says(name, newest[0], digest):
+        if newest and self._is(name, newest[0], manifest):
+            self._mend(name, newest[0], manifest)
             self._point_at(name, newest[0], digest)  # the run that published it may have died before it could
             return newest[0], digest, False
         number = self._reserve(name)
         for written in files:
             self._blobs.adopt(layout.snapshot(name, number, written), self._folder / written)
-        manifest = {"catalog": name, "snapshot": number, "digest": digest, **content, **volatile}
-        self._blobs.put(layout.snapshot(name, number, "manifest.json"), canonical(manifest))
+        self._put_manifest(name, number, manifest)
         self._point_at(name, number, digest)
         return number, digest, True
 
-    def _says(self, name: str, number: int, digest: str) -> bool:
-        """Whether a snapshot has a digest; one whose manifest is damaged has none."""
+    def _is(self, name: str, number: int, manifest: Mapping[str, Any]) -> bool:
+        """Whether a published snapshot is this one; where its manifest is damaged, its files tell."""
         try:
-            return bool(read_manifest(self._blobs, name, number)["digest"] == digest)
+            return bool(read_manifest(self._blobs, name, number)["digest"] == manifest["digest"])
         except CorruptError:
-            return False
+            there = digests(folder_of(self._blobs, name, number))
+            records = ("manifest.json", "reserved.json")
+            return bool({file: facts for file, facts in there.items() if file not in records} == manifest["files"])
+
+    def _mend(self, name: str, number: int, manifest: Mapping[str, Any]) -> None:
+        """Put back what is not as it was published; a manifest without a seal gets one, and says that it had none."""
+        folder = folder_of(self._blobs, name, number)
+        for file, facts in manifest["files"].items():
+            if manifests.digest_of_file(folder / file) != facts["sha256"]:
+                self._blobs.adopt(layout.snapshot(name, number, file), self._folder / file)
+        for file in manifests.unlisted(folder, manifest["files"]):
+            self._blobs.delete(layout.snapshot(name, number, file))
+        try:
+            there, is_proven = manifests.open_manifest(folder)
+        except CorruptError:
+            self._put_manifest(name, number, manifest)
+        else:
+            if not is_proven:
+                unproven = {**manifest.get("unproven", {}), "manifests": 1}
+                self._put_manifest(name, number, {**there, "unproven": unproven})
+        self._blobs.sync()
+
+    def _put_manifest(self, name: str, number: int, manifest: Mapping[str, Any]) -> None:
+        self._blobs.put(layout.snapshot(name, number, "manifest.json"), sealed({**manifest, "snapshot": number}))
 
     def _point_at(self, name: str, number: int, digest: str) -> None:
-        self._blobs.put(layout.latest(name), canonical({"snapshot": number, "digest": digest}))
+        self._blobs.put(layout.latest(name), sealed({"snapshot": number, "digest": digest}))
 
     def _reserve(self, name: str) -> int:
         """A number that no other run can get: numbers of runs that died are not used again."""
@@ -217,23 +241,9 @@ def read_manifest(blobs: LocalBlobs, name: str, number: int) -> dict[str, Any]:
     """The manifest of a snapshot.
 
     Raises:
-        CorruptError: if it is no manifest.
+        CorruptError: if it is no manifest, or not the one that was published.
     """
-    key = layout.snapshot(name, number, "manifest.json")
-    try:
-        found = json.loads(blobs.get(key))
-    except ValueError as error:
-        raise CorruptError(f"{key} is damaged: remove its folder and run jobs.analyze again") from error
-    if not isinstance(found, dict) or "digest" not in found:
-        raise CorruptError(f"{key} is no manifest: remove its folder and run jobs.analyze again")
-    return found
-
-
-def facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that a manifest was published with: without its number, its files and what is volatile."""
-    others = ("catalog", "snapshot", "digest", "files", "made_at", "config", "numerics", "seconds", "built_from",
-              "passed_over", "units")  # fmt: skip
-    return {name: value for name, value in manifest.items() if name not in others}
+    return manifests.open_manifest(folder_of(blobs, name, number))[0]
 
 
 def _slice_books(units: Sequence[Unit]) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ from pipeline.records import Receipt
 from pipeline.steps import preflight
 from pipeline.steps.parts import Provenance
 from pipeline.steps.preflight import Fit, FitProbe
-from pipeline.steps.shard import Analyzer, ShardTask
+from pipeline.steps.shard import Analyzer, Machine, ShardTask
 from pipeline.types import SiteKey
 
 
@@ -19,10 +19,11 @@ class AnalysisSession:
         config: AnalyzeConfig,
         preparation_id: str,
         measure_ids: Mapping[SiteKey, str],
-        numerics: dict[str, str | int],
+        expected: Machine,
+        partial_format: int,
         planned: Provenance,
     ):
-        self._analyzer = Analyzer(config, preparation_id, measure_ids, numerics, planned)
+        self._analyzer = Analyzer(config, preparation_id, measure_ids, expected, partial_format, planned)
 
     def run(self, task: ShardTask | FitProbe) -> tuple[Receipt, ...] | list[Fit]:
         """A probe gives fits, a shard its receipts."""

@@ -9,7 +9,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from pipeline.errors import NumericsError, ShardError
 from pipeline.io import device, store, tables
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.device import choose_device
+from pipeline.io.versions import others, versions
 from pipeline.records import Receipt, ShardRecord, Stored
 from pipeline.steps import layout
 from pipeline.steps.parts import Provenance
@@ -74,6 +75,26 @@ class ShardTask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What computes: equal ones give equal bits."""
+
+    numerics: dict[str, str | int]
+    """As from `io.device.configure`."""
+    versions: dict[str, str]
+    """Of the software, as from `io.versions`."""
+
+    def differs_from(self, other: "Machine") -> str:
+        """In what, in words; empty if it computes the same bits."""
+        names = sorted(self.numerics.keys() | other.numerics.keys())
+        of_numerics = [
+            f"{name} {self.numerics.get(name)} and {other.numerics.get(name)}"
+            for name in names
+            if self.numerics.get(name) != other.numerics.get(name)
+        ]
+        return ", ".join(filter(None, [*of_numerics, others(self.versions, other.versions)]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Measured:
     """What a shard gave for one SAE: the partial, and the books of its receipt."""
 
@@ -108,23 +129,36 @@ class Analyzer:
         config: AnalyzeConfig,
         preparation_id: str,
         measure_ids: Mapping[SiteKey, str],
-        numerics: dict[str, str | int],
+        expected: Machine,
+        partial_format: int,
         planned: Provenance,
     ):
-        """Load everything.
+        """Load model and SAEs.
+
+        Args:
+            config: of the job, every null key of a mask settled.
+            preparation_id: names the folder of shards.
+            measure_ids: by SAE.
+            expected: the machine that the run was planned with.
+            partial_format: of the measures, as `steps.plan` counts them.
+            planned: the parts that it was planned with.
 
         Raises:
-            NumericsError: if this machine would compute other bits.
+            NumericsError: if this machine is another, and the measures are not mixed.
             IdentityError: if model, tokenizer or an SAE is not what was planned.
         """
         self._config, self._preparation_id, self._measure_ids = config, preparation_id, measure_ids
+        self._format = partial_format
         self._blobs = LocalBlobs(config.store.root)
         chosen = choose_device(config.model.device)
-        self.numerics = device.configure(config.cluster.threads_per_worker, chosen)
-        if self.numerics != numerics and not config.cluster.mixed_numerics:
-            raise NumericsError(f"this worker computes with {self.numerics}, but the run was planned with {numerics}")
+        numerics = device.configure(config.cluster.threads_per_worker, chosen)
+        machine = Machine(numerics=numerics, versions=versions(chosen))
+        if (what := machine.differs_from(expected)) and not config.cluster.mixed_numerics:
+            raise NumericsError(f"this worker computes other bits than the run was planned with: {what}")
         self._reader = Reader(config.model, config.saes, planned)
         self._reader.drop_above()
+        attention = {"attention": self._reader.model.attention}
+        self.machine = Machine(numerics=numerics, versions=machine.versions | attention)
         self.saes, self.points = self._reader.saes, self._reader.points
 
     def batches(self, contexts: Sequence[Sequence[int]]) -> Iterator[Batch]:
@@ -194,7 +228,7 @@ class Analyzer:
         began = time.monotonic()
         measured = self._measure(task)
         seconds = time.monotonic() - began
-        ran = {"host": socket.gethostname(), "at": time.time(), "seconds": round(seconds, 3), "numerics": self.numerics}
+        ran = {"host": socket.gethostname(), "at": time.time(), "seconds": round(seconds, 3), **asdict(self.machine)}
         return tuple(self._commit(task.shard, self._measure_ids[site], measured[site], ran) for site in task.sites)
 
     def _commit(self, shard: ShardRecord, measure_id: str, measured: _Measured, ran: dict[str, Any]) -> Receipt:
@@ -249,7 +283,9 @@ class Analyzer:
                 census.add(codes, counted, batch.first_row)
         measured = {}
         for key, census in censuses.items():
-            attributes = {"shard_id": shard.shard_id, "measure_id": self._measure_ids[key]}
+            attributes: dict[str, Any] = {"shard_id": shard.shard_id, "measure_id": self._measure_ids[key]}
+            if self._format > 3:  # partials of format 3 do not say it
+                attributes["format"] = self._format
             body = store.pack({"": census.finish()}, attributes)
             of_document = census.document_tokens
             measured[key] = _Measured(
