@@ -149,6 +149,6 @@ def _about_source(record: SourceRecord) -> dict[str, Any]:
         "shards": [shard.shard_id for shard in record.shards],
         "records_dropped": record.dropped,
         "tokens_truncated": record.tokens_truncated,
-        "documents_with_bos": record.num_with_bos,
+        **({"documents_with_bos": record.num_with_bos} if record.num_with_bos else {}),
         **({"unused_files": list(record.files_without_use)} if record.files_without_use else {}),
     }

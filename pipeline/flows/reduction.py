@@ -138,6 +138,7 @@ def _facts(chosen: Chosen, blobs: LocalBlobs, units: Sequence[Sequence[Unit]]) -
     dropped: Counter[str] = Counter()
     for source in chosen.sources:
         dropped.update(source["records_dropped"])
+    num_with_bos = sum(source.get("documents_with_bos", 0) for source in chosen.sources)
     fits = {
         str(site): publish.merged_fit(blobs, mine, chosen.weights).unexplained()
         for site, mine in zip(chosen.sites, units, strict=True)
@@ -157,7 +158,7 @@ def _facts(chosen: Chosen, blobs: LocalBlobs, units: Sequence[Sequence[Unit]]) -
             "tokens": _tokens(chosen.sites, receipts),
             "records_dropped": dict(sorted(dropped.items())),
             "tokens_truncated": sum(source["tokens_truncated"] for source in chosen.sources),
-            "documents_with_bos": sum(source.get("documents_with_bos", 0) for source in chosen.sources),
+            **({"documents_with_bos": num_with_bos} if num_with_bos else {}),
             "sources": sorted(chosen.sources, key=lambda source: (source["slice"], source["source_id"])),
         },
         "fraction_of_variance_unexplained": {k: None if np.isnan(v) else v for k, v in fits.items()},
