@@ -646,7 +646,7 @@ def test_the_same_text_unknown_slices_and_old_catalogs_are_refused(root, tmp_pat
     manifest = json.loads(path.read_text())
     manifest["identity"]["measure"]["format"] = 1
     path.write_text(json.dumps(manifest))
-    with pytest.raises(IdentityError, match="'world' was made from partials of format 1, expected 3"):
+    with pytest.raises(IdentityError, match="'world' was made from partials of format 1, expected 4"):
         compare(config_of(tmp_path, side(old, "world", "notes"), side(root, "later")))
 
 

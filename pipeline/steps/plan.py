@@ -23,7 +23,7 @@ from pipeline.steps import layout, tree
 from pipeline.steps.shard import ShardTask, sample_sizes
 from pipeline.types import SiteKey
 
-FORMAT = 3
+FORMAT = 4
 """Raise it when the arrays of a partial change."""
 MIXED = "mixed"
 """The numerics of a measure whose shards may come from machines that compute other bits."""
@@ -236,5 +236,6 @@ def estimate(
         partial_bytes=partial_bytes,
         bytes_per_token=partial_bytes / max(tokens_left, 1),
         num_saes=len(num_features),
-        worker_bytes=sum(num_features.values()) * (NUM_BINS * 8 + samples * (24 + 2 * _SAMPLE_BYTES)),
+        worker_bytes=sum(num_features.values())
+        * (NUM_BINS * 8 + samples * (24 + 2 * _SAMPLE_BYTES) + sizes.non_activating * 24),
     )

@@ -51,6 +51,7 @@ def sample_sizes(sampling: SamplingConfig) -> SampleSizes:
         bands=max(sampling.bands, LOW_OCTAVES if low else 0),
         per_band=max(sampling.per_band, low),
         silent=sampling.silent,
+        non_activating=sampling.non_activating,
     )
 
 
