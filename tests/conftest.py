@@ -188,6 +188,7 @@ def analyze_config(model_dir: Path, sae_dirs: dict[str, Path], corpus_dir: Path)
                 "per_band": 3,
                 "low_activating": 3,
                 "non_activating": 3,
+                "silent": 5,
             },
             "batch": {"contexts": 4},
             "cluster": {"executor": "inline", "threads_per_worker": 1},

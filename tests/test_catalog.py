@@ -273,10 +273,7 @@ def test_every_group_holds_what_it_promises(world, spans):
                 wanted[group] = min(most, int(among.sum()))
             counted = np.array([COUNTED in rules for rules in site.rules])
             silent = counted & ~(codes > 0).any(axis=1)
-            # Silent contexts are drawn from those that are kept; at worst the others are the silent ones.
-            surely = min(sampling.silent, int(counted.sum())) - int((counted & ~silent).sum())
-            if surely >= sampling.non_activating or counted.sum() <= sampling.silent:
-                wanted["non_activating"] = min(sampling.non_activating, surely)
+            wanted["non_activating"] = min(sampling.non_activating, int(silent.sum()))
             for group, number in wanted.items():
                 rows = groups.get(group, [])
                 assert len(rows) + collapsed[feature, names.index(group)] == number, (feature, group)

@@ -26,12 +26,12 @@ from pipeline.errors import ShardError
 F, ROWS, T = 5, 12, 4
 PARTS = 4
 SEED, SHARDS = 7, (0, (1 << 64) - 1, 0x1234_5678_9ABC_DEF0)
-SIZES = SampleSizes(top=3, random=2, bands=2, per_band=2, silent=4)
+SIZES = SampleSizes(top=3, random=2, bands=2, per_band=2, silent=4, non_activating=2)
 
 Firings = dict[tuple[int, int, int], float]
 """(feature, row, position) -> code: the naive form of `Codes`."""
 
-law = settings(max_examples=40, deadline=None, database=None, derandomize=True)
+law = settings(max_examples=40)
 values = st.sampled_from([0.25, 0.3, 1.0, 1.0, 1.5, 2.0, 8.0, 64.0, 1e-6, 2.0**-16, 70000.0]) | st.floats(
     2.0**-30, 2.0**18, width=32, allow_subnormal=False
 )
@@ -285,7 +285,7 @@ def test_codes_of_batches_join_into_the_codes_of_the_whole(
 
 # --- samples ------------------------------------------------------------------------------------------------
 
-KINDS = ("top", "random", "bands", "silent")
+KINDS = ("top", "random", "bands", "silent", "quiet")
 
 
 def samples_of(
@@ -336,8 +336,12 @@ def naive_samples(shards: list[Firings], sizes: SampleSizes) -> dict[str, list[S
             bits = int(np.float32(-negated).view(np.int32))
             found["top"].append((feature, -bits, shard, row, position, -negated))
         for row in range(ROWS):
-            found["silent"].append((0, mix(row ^ mix(SEED ^ SHARDS[shard])) >> 1, shard, row, 0, 0.0))
+            place = (mix(row ^ mix(SEED ^ SHARDS[shard])) >> 1, shard, row, 0, 0.0)
+            found["silent"].append((0, *place))
+            fired = {feature for feature, fired_row, _ in firings if fired_row == row}
+            found["quiet"] += [(feature, *place) for feature in range(F) if feature not in fired]
     limits = {"top": sizes.top, "random": sizes.random, "bands": sizes.per_band, "silent": sizes.silent}
+    limits["quiet"] = sizes.non_activating
     kept: dict[str, list[Sample]] = {}
     for kind, entries in found.items():
         groups = defaultdict[int, list[Sample]](list)
@@ -355,9 +359,9 @@ def as_tuples(entries: Entries) -> list[Sample]:
     "sizes",
     [
         SIZES,
-        SampleSizes(top=1, random=1, bands=0, per_band=3, silent=1),
-        SampleSizes(top=0, random=0, bands=3, per_band=1, silent=0),
-        SampleSizes(top=99, random=99, bands=1, per_band=99, silent=99),
+        SampleSizes(top=1, random=1, bands=0, per_band=3, silent=1, non_activating=1),
+        SampleSizes(top=0, random=0, bands=3, per_band=1, silent=0, non_activating=3),
+        SampleSizes(top=99, random=99, bands=1, per_band=99, silent=99, non_activating=99),
     ],
     ids=str,
 )
@@ -564,6 +568,10 @@ def test_the_census_equals_its_slow_twin(firings: Firings, counted: np.ndarray, 
     for i, silent in enumerate(arrays["silent_row"]):
         found = arrays["silent_feature"][arrays["silent_start"][i] : arrays["silent_start"][i + 1]]
         assert found.tolist() == sorted({f for f, r, _ in firings if r == silent})
+    more = np.repeat(np.arange(F), np.diff(arrays["silent_more_start"])).tolist()
+    quiet = as_tuples(samples.quiet.entries())
+    expected_more = [(f, row) for f, _, _, row, _, _ in quiet if row not in arrays["silent_row"]]
+    assert list(zip(more, arrays["silent_more_row"].tolist(), strict=True)) == expected_more
 
     codes_row, every = arrays["codes_row"].tolist(), np.repeat(np.arange(F), np.diff(arrays["codes_start"])).tolist()
     everything = zip(every, codes_row, arrays["codes_position"].tolist(), strict=True)

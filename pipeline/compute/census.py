@@ -168,12 +168,19 @@ class SiteCensus:
         }
 
     def _silent_arrays(self) -> dict[str, np.ndarray]:
-        """The features that fire in each of the contexts kept for silence, in the order of the contexts."""
+        """The features that fire in each of the contexts kept for silence, and what some features need beyond those."""
         rows = self._samples.silent.entries().row
         fired = concatenate(self._silent, self._num_positions) if self._silent else empty()
         features = [fired.feature[fired.row == row] for row in rows]
-        return {
+        arrays = {
             "silent_row": rows,
             "silent_start": np.cumsum([0, *map(len, features)]),
             "silent_feature": np.concatenate([np.zeros(0, np.int32), *features]),
+        }
+        if not self._samples.sizes.non_activating:
+            return arrays
+        more = self._samples.further_quiet()
+        return arrays | {
+            "silent_more_start": np.searchsorted(more.group, np.arange(len(self._samples.octave) + 1)),
+            "silent_more_row": more.row,
         }

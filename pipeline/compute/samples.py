@@ -16,6 +16,8 @@ from pipeline.compute.codes import Codes
 from pipeline.compute.keys import NO_KEY, firing_keys, silent_keys
 
 _NO_OCTAVE = -(1 << 20)
+_PAIRS = 1 << 20
+"""Of a feature and a context, looked at together: 16 MiB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +137,9 @@ class SampleSizes:
     per_band: int
     """Hash-random firings in each of those."""
     silent: int
-    """Hash-random contexts of a shard, from which a feature's silent contexts are drawn."""
+    """Hash-random contexts, kept with the features that fire there: most features draw their silent contexts here."""
+    non_activating: int = 0
+    """Hash-random silent contexts of a feature, wherever they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +153,9 @@ class Samples:
     octave: Int32[np.ndarray, " F"]
     """Exponent of the largest code seen; very low if none was."""
     silent: Kept
+    """One group."""
+    quiet: Kept
+    """The contexts of smallest key in which a feature is silent."""
 
     @classmethod
     def zero(cls, num_features: int, sizes: SampleSizes) -> "Samples":
@@ -160,6 +167,7 @@ class Samples:
             bands=Kept.zero(num_features * (sizes.bands + 1), sizes.per_band),
             octave=np.full(num_features, _NO_OCTAVE, np.int32),
             silent=Kept.zero(1, sizes.silent),
+            quiet=Kept.zero(num_features, sizes.non_activating),
         )
 
     def add(self, codes: Codes, *, seed: int, shard_key: int, counted_rows: Int64[np.ndarray, " R"]) -> None:
@@ -171,18 +179,9 @@ class Samples:
             shard_key: 64 bits of the shard's id, so that a hash does not depend on where the shard stands.
             counted_rows: the contexts of this call that have counted tokens.
         """
-        place = silent_keys(seed, shard_key, counted_rows)
-        nowhere = np.zeros(len(counted_rows), np.int32)
-        self.silent.put(
-            Entries(
-                group=nowhere.astype(np.int64),
-                key=place,
-                shard=nowhere,
-                row=counted_rows.astype(np.int32),
-                position=nowhere,
-                value=nowhere.astype(np.float32),
-            )
-        )
+        places = contexts_at(silent_keys(seed, shard_key, counted_rows), counted_rows)
+        self.silent.put(places)
+        self._put_quiet(codes, places)
         if not len(codes):
             return
         self.top.put(strongest(codes))
@@ -211,9 +210,40 @@ class Samples:
             merged.top.put(part.top.entries())
             merged.random.put(part.random.entries())
             merged.silent.put(part.silent.entries())
+            merged.quiet.put(part.quiet.entries())
             entries = part.bands.entries()
             merged.put_bands(entries.regrouped(entries.group // (self.sizes.bands + 1)))
         return merged
+
+    def _put_quiet(self, codes: Codes, places: Entries) -> None:
+        """Consider contexts for every feature that is silent there.
+
+        It looks at every pair of a feature and a context, a few features at a time, but for contexts that come after
+        what these features have: once they have their contexts, that is nearly all.
+        """
+        k = self.sizes.non_activating
+        if not k or not len(places.key):
+            return
+        places = places.where(np.argsort(places.key))
+        column_of = np.zeros(int(places.row.max()) + 1, np.int64)
+        column_of[places.row] = np.arange(len(places.row))
+        column = column_of[codes.row]
+        step = max(1, _PAIRS // len(places.row))
+        for start in range(0, len(self.octave), step):
+            limits = self.quiet.key[start : start + step, -1]
+            num_columns = int(np.searchsorted(places.key, limits.max(), side="right"))
+            low, high = np.searchsorted(codes.feature, (start, start + len(limits)))
+            near = low + np.flatnonzero(column[low:high] < num_columns)
+            is_silent = np.ones((len(limits), num_columns), bool)
+            is_silent[codes.feature[near] - start, column[near]] = False
+            feature, found = first_of_each(is_silent, k)
+            self.quiet.put(places.where(found).regrouped(start + feature))
+
+    def further_quiet(self) -> Entries:
+        """Of the contexts in which a feature is silent, those that are not among the ones kept for all features."""
+        quiet, silent = self.quiet.entries(), self.silent.entries()
+        known = (silent.shard.astype(np.int64) << 32) | silent.row
+        return quiet.where(~np.isin((quiet.shard.astype(np.int64) << 32) | quiet.row, known))
 
     def put_bands(self, firings: Entries) -> None:
         """Sort firings (grouped by feature) into bands under the top octave, which they may raise."""
@@ -245,6 +275,30 @@ class Samples:
     def band(self, feature: int, index: int) -> Entries:
         """The kept firings of one feature in one band; the index `sizes.bands` is all that is weaker."""
         return self.bands.entries(np.array([feature * (self.sizes.bands + 1) + index]))
+
+
+def contexts_at(
+    key: Int64[np.ndarray, " R"],
+    row: Int32[np.ndarray, " R"] | Int64[np.ndarray, " R"],
+    shard: Int32[np.ndarray, " R"] | None = None,
+) -> Entries:
+    """Contexts as entries of one group; of shard 0, if none is named."""
+    nowhere = np.zeros(len(row), np.int32)
+    return Entries(
+        group=nowhere.astype(np.int64),
+        key=key,
+        shard=nowhere if shard is None else shard,
+        row=row.astype(np.int32),
+        position=nowhere,
+        value=nowhere.astype(np.float32),
+    )
+
+
+def first_of_each(wanted: Bool[np.ndarray, "F R"], k: int) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
+    """Row and column of the first k that are set in every row."""
+    feature, place = np.nonzero(wanted)
+    rank = np.arange(len(feature)) - np.searchsorted(feature, feature, side="left")
+    return feature[rank < k], place[rank < k]
 
 
 def strongest(codes: Codes) -> Entries:

@@ -151,9 +151,10 @@ class SamplingConfig(Section):
     low_activating: int = Field(default=5, ge=0)
     """Hash-random firings at least two octaves below the maximum's."""
     non_activating: int = Field(default=5, ge=0)
-    """Hash-random contexts in which the feature stays silent."""
+    """Hash-random contexts with counted tokens in which the feature stays silent, where there are so many."""
     silent: int = Field(default=64, ge=0)
-    """Contexts of each shard from which those are drawn."""
+    """Hash-random contexts of the whole catalog from which those are drawn; a feature that is silent in too few of
+    them draws from all contexts."""
     before: int = Field(default=24, ge=0)
     """Tokens of a span before its peak; a span never leaves its document."""
     after: int = Field(default=8, ge=0)

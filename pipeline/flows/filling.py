@@ -200,7 +200,8 @@ class Filling:
         if len(left) < len(shards):
             self.voice.say(f"{len(shards) - len(left)} of {len(shards)} shards are already done")
         num_features = {site: loaded.sae.num_features for site, loaded in self.identity.saes.items()}
-        cost = plan.estimate(shards, left, sample_sizes(self.config.sampling), num_features)
+        sizes = sample_sizes(self.config.sampling, self.identity.measure["format"])
+        cost = plan.estimate(shards, left, sizes, num_features)
         if cost.partial_bytes > self.blobs.free_bytes():
             self.voice.say(
                 f"warning: the partials may need {cost.partial_bytes >> 20} MiB, and {self.blobs.root} has "

@@ -62,7 +62,7 @@ def make_plan(config: AnalyzeConfig) -> Plan:
         passed_over=found_sources.passed_over,
         num_prepared=len(records),
         unprepared_tokens=unprepared,
-        cost=plan.estimate(shards, left, sample_sizes(config.sampling), num_features),
+        cost=plan.estimate(shards, left, sample_sizes(config.sampling, identity.measure["format"]), num_features),
         tokens_per_second=rate,
         free_bytes=blobs.free_bytes(),
     )

@@ -94,6 +94,7 @@ def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: {}) ->
         model=config.model,
         planned=Provenance.of_measure(chosen.identity["measure"], chosen.of),
         sampling=config.sampling,
+        partial_format=chosen.identity["measure"]["format"],
         sites=chosen.sites,
         units=tuple(units),
         weights=chosen.weights,

@@ -47,12 +47,13 @@ class Tokenizer:
             raise CheckpointError(f"no tokenizer could be loaded from {model_id}: {first_line(error)}") from error
         self._inner.model_max_length = int(1e30)  # we cut contexts ourselves; no warning about length
         added = self._inner.added_tokens_decoder
-        self._named_special = tuple(
+        self.named_special_ids = tuple(
             sorted(set(self._inner.all_special_ids) | {i for i, t in added.items() if t.special})
         )
-        self.special_ids: tuple[int, ...] = self._named_special
+        """All with a role, the pad token among them."""
+        self.special_ids: tuple[int, ...] = self.named_special_ids
         if (pad := self._inner.pad_token_id) is not None and self._is_ordinary(pad):
-            self.special_ids = tuple(i for i in self._named_special if i != pad)
+            self.special_ids = tuple(i for i in self.named_special_ids if i != pad)
         self.bos_id: int | None = self._inner.bos_token_id
         self.pad_id: int = pad if pad is not None else (self._inner.eos_token_id or 0)
         """What fills rows: the pad token, else EOS, else 0. No place is told by it."""
@@ -86,7 +87,7 @@ class Tokenizer:
     def file_digest(self) -> str:
         """The former `digest`, of file bytes or id and commit: stores made before were named with it."""
         commit = self._inner.init_kwargs.get("_commit_hash")
-        rules = json.dumps([self._named_special, self.bos_id, self.pad_id, self.adds_bos])
+        rules = json.dumps([self.named_special_ids, self.bos_id, self.pad_id, self.adds_bos])
         return hashlib.sha256((digest(self._source, TOKENIZER_FILES, commit) + rules).encode()).hexdigest()
 
     def digest_as(self, known: str | None) -> str:

@@ -6,6 +6,7 @@ twice; a new name gets today's form. In a form that is older than today's
 - a field that did not exist then is left out if it has the meaning that its absence had (`_ABSENT`); with any other
   value it stands there, and is refused by its name;
 - the tokenizer is named by the digest of its files;
+- partials keep no silent contexts of single features, and their sizes of samples do not say how many;
 - numerics hold the version of torch, the one of then: versions are told, and decide no identity any more;
 - `preparation.format` also says by which rules documents are cut: whoever prepares looks at it.
 
@@ -106,6 +107,7 @@ def expressed(fields: Fields, claim: Fields | None, tokenizer: Tokenizer) -> Fie
         measure |= {"format": then["format"], "model": measure["model"] | {"tokenizer": tokenizer.file_digest}}
         if isinstance(measure["numerics"], dict) and isinstance(then["numerics"], dict):
             measure["numerics"] = measure["numerics"] | {"torch": then["numerics"].get("torch")}
+        measure["sampling"] = {name: value for name, value in measure["sampling"].items() if name in then["sampling"]}
         for (section, key), meaning in _ABSENT.items():
             if key not in then[section] and measure[section].get(key) == meaning:
                 measure[section] = {name: value for name, value in measure[section].items() if name != key}

@@ -48,7 +48,8 @@ class Merger:
             sampling: of the measure: sizes of samples, and the seed.
         """
         self._blobs = LocalBlobs(root)
-        self._sizes = SampleSizes(**{name: sampling[name] for name in SampleSizes.__dataclass_fields__})
+        known = SampleSizes.__dataclass_fields__.keys() & sampling.keys()  # older measures lack the newest
+        self._sizes = SampleSizes(**{name: sampling[name] for name in known})
         self._seed: int = sampling["seed"]
 
     def run(self, task: NodeTask) -> Node:
@@ -69,7 +70,11 @@ class Merger:
         ]
         of_ranges = [self._range(units, wanted) for wanted in ranges]
         arrays = {name: np.concatenate([part[name] for part, _ in of_ranges]) for name in of_ranges[0][0]}
-        for start, counts in (("pair_start", "pair_count"), ("code_start", "code_count")):
+        for start, counts in (
+            ("pair_start", "pair_count"),
+            ("code_start", "code_count"),
+            ("silent_more_start", "silent_more_count"),
+        ):
             arrays[start] = np.cumsum(np.append(0, arrays.pop(counts)))
         arrays |= units.fits().arrays() | self._silent(units, task.num_features, of_ranges[0][1])
         return self._commit(task, arrays)
@@ -84,6 +89,7 @@ class Merger:
             for column in ("shard", "row", "position", "value"):
                 arrays[f"{name}_{column}"] = getattr(kept, column).reshape(task.num_features, -1)
         pairs = merged.samples.contexts()
+        more = merged.samples.further_quiet()
         codes, positions = units.codes(task, pairs.group, pairs.shard, pairs.row)
         arrays |= {
             "pair_count": np.bincount(pairs.group, minlength=task.num_features),
@@ -92,6 +98,9 @@ class Merger:
             "code_count": np.diff(codes.start),
             "code_position": positions,
             "code_value": codes.values,
+            "silent_more_count": np.bincount(more.group, minlength=task.num_features),
+            "silent_more_shard": more.shard,
+            "silent_more_row": more.row,
         }
         return arrays, merged.samples
 

@@ -15,7 +15,7 @@ from pipeline.compute.codes import Codes
 from pipeline.compute.documents import DocumentStats
 from pipeline.compute.fits import FitSums
 from pipeline.compute.keys import firing_keys, silent_keys
-from pipeline.compute.samples import Entries, Samples
+from pipeline.compute.samples import Entries, Kept, Samples, contexts_at, first_of_each, joined
 from pipeline.compute.stats import FeatureStats
 from pipeline.io.blobs import LocalBlobs
 from pipeline.io.store import Pack
@@ -161,19 +161,31 @@ class PartialRange:
                 samples.put_bands(entries)
             else:
                 getattr(samples, name).put(entries)
+        self._put_silent(samples, ordinals, seed)
+
+    def _put_silent(self, samples: Samples, ordinals: Int32[np.ndarray, " S"], seed: int) -> None:
         rows = self._pack.read("silent_row")
         shard = self._shards("silent", 0, len(rows))
-        nowhere = np.zeros(len(rows), np.int32)
-        samples.silent.put(
-            Entries(
-                group=nowhere.astype(np.int64),
-                key=silent_keys(seed, self._salts[shard], rows),
-                shard=ordinals[shard],
-                row=rows,
-                position=nowhere,
-                value=nowhere.astype(np.float32),
-            )
-        )
+        silent = contexts_at(silent_keys(seed, self._salts[shard], rows), rows, ordinals[shard])
+        samples.silent.put(silent)
+        if not samples.sizes.non_activating:
+            return
+        is_silent = np.ones((self._task.num_features, len(rows)), bool)
+        for column, fired in enumerate(self.firing_in(shard, rows)):
+            is_silent[fired, column] = False
+        order = np.argsort(silent.key)
+        feature, place = first_of_each(is_silent[:, order], samples.sizes.non_activating)
+        samples.quiet.put(joined([silent.where(order[place]).regrouped(feature), self._further_quiet(ordinals, seed)]))
+
+    def _further_quiet(self, ordinals: Int32[np.ndarray, " S"], seed: int) -> Entries:
+        """Silent contexts of features that need more than those kept for all; partials of format 3 have none."""
+        if not self._pack.has("silent_more_start"):
+            return Kept.zero(0, 0).entries()
+        start = self._pack.read("silent_more_start", self._task.start, self._task.stop + 1)
+        first, last = int(start[0]), int(start[-1])
+        rows, shard = self._pack.read("silent_more_row", first, last), self._shards("silent_more", first, last)
+        found = contexts_at(silent_keys(seed, self._salts[shard], rows), rows, ordinals[shard])
+        return found.regrouped(np.repeat(np.arange(self._task.num_features), np.diff(start)))
 
     def firing_in(
         self, shards: Int32[np.ndarray, " N"], rows: Int32[np.ndarray, " N"]

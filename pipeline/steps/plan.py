@@ -60,7 +60,7 @@ def measure_fields(
         "saes": {str(key): loaded.digest for key, loaded in saes.items()},
         "context_length": config.corpus.context_length,
         "masks": config.masks.model_dump(mode="json"),
-        "sampling": asdict(sample_sizes(config.sampling)) | {"seed": config.sampling.seed},
+        "sampling": asdict(sample_sizes(config.sampling, FORMAT)) | {"seed": config.sampling.seed},
         "batch_contexts": config.batch.contexts,
         "codes": config.codes,
         "numerics": MIXED if config.cluster.mixed_numerics else dict(numerics),
@@ -213,5 +213,6 @@ def estimate(
         partial_bytes=partial_bytes,
         bytes_per_token=partial_bytes / max(tokens_left, 1),
         num_saes=len(num_features),
-        worker_bytes=sum(num_features.values()) * (NUM_BINS * 8 + samples * (24 + 2 * _SAMPLE_BYTES)),
+        worker_bytes=sum(num_features.values())
+        * (NUM_BINS * 8 + samples * (24 + 2 * _SAMPLE_BYTES) + sizes.non_activating * 24),
     )

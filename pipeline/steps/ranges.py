@@ -57,6 +57,8 @@ class ReduceSettings:
     model: ModelConfig
     planned: Provenance
     sampling: SamplingConfig
+    partial_format: int
+    """Of the measures."""
     sites: tuple[SiteKey, ...]
     units: tuple[tuple[Unit, ...], ...]
     """By site; of the same shards, whose order by id is the meaning of shard ordinals."""
@@ -98,7 +100,9 @@ class Reducer:
         """
         site, units = self._settings.sites[task.site], self._settings.units[task.site]
         sampling = self._settings.sampling
-        merged = self._units[task.site].merged(task, sample_sizes(sampling), sampling.seed)
+        merged = self._units[task.site].merged(
+            task, sample_sizes(sampling, self._settings.partial_format), sampling.seed
+        )
         by_slice, documents, samples = merged.by_slice, merged.documents, merged.samples
         counted: Counter[str] = Counter()
         for unit in units:
@@ -197,30 +201,26 @@ class Reducer:
         )
 
     def _silent(self, task: RangeTask, samples: Samples) -> Entries:
-        """For every feature of the range, the kept contexts in which it never fires, in an order of its own.
+        """For every feature of the range, contexts in which it never fires, in an order of its own.
 
-        The position shown is drawn by the same hash from the real tokens of the context.
+        They are drawn from those kept for all features; a feature that fires in too many of these has its own. The
+        position shown is drawn by the same hash from the real tokens of the context.
         """
-        found = [Kept.zero(0, 0).entries()]
         kept = samples.silent.entries()
-        firing = self._units[task.site].firing_in(task, kept.shard, kept.row)
-        for ordinal, row, fired in zip(kept.shard, kept.row, firing, strict=True):
-            feature = np.setdiff1d(np.arange(task.num_features), fired)
-            rows, nowhere = np.full(len(feature), row, np.int32), np.zeros(len(feature), np.int32)
-            salt = shard_key(self._shard_ids[ordinal])
-            key = firing_keys(self._settings.sampling.seed, salt, feature + task.start, rows, nowhere)
-            length = self._context_lengths(int(ordinal))[row]
-            found.append(
-                Entries(
-                    group=feature,
-                    key=key,
-                    shard=np.full(len(feature), ordinal, np.int32),
-                    row=rows,
-                    position=(key % length).astype(np.int32),
-                    value=np.zeros(len(feature), np.float32),
-                )
-            )
-        return joined(found)
+        is_silent = np.ones((task.num_features, len(kept.row)), bool)
+        for column, fired in enumerate(self._units[task.site].firing_in(task, kept.shard, kept.row)):
+            is_silent[fired, column] = False
+        is_enough = is_silent.sum(axis=1) >= samples.sizes.non_activating
+        feature, place = np.nonzero(is_silent & is_enough[:, None])
+        own = samples.quiet.entries(np.flatnonzero(~is_enough))
+        found = joined([kept.where(place).regrouped(feature), own])
+        salts = np.array([shard_key(shard_id) for shard_id in self._shard_ids], np.uint64)[found.shard]
+        key = firing_keys(
+            self._settings.sampling.seed, salts, found.group + task.start, found.row, np.zeros_like(found.row)
+        )
+        lengths = {ordinal: self._context_lengths(ordinal) for ordinal in np.unique(found.shard).tolist()}
+        length = [lengths[ordinal][row] for ordinal, row in zip(found.shard.tolist(), found.row.tolist(), strict=True)]
+        return replace(found, key=key, position=(key % np.array(length, np.int64)).astype(np.int32))
 
     def _context_lengths(self, ordinal: int) -> Int64[np.ndarray, " C"]:
         if ordinal not in self._lengths:

@@ -44,8 +44,13 @@ LOW_OCTAVES = 2
 """`low_activating` draws from codes at least this many octaves below the maximum's."""
 
 
-def sample_sizes(sampling: SamplingConfig) -> SampleSizes:
-    """The sizes that a partial keeps: bands enough, and enough of each, to draw `low_activating` exactly."""
+def sample_sizes(sampling: SamplingConfig, partial_format: int) -> SampleSizes:
+    """The sizes that a partial keeps: bands enough, and enough of each, to draw `low_activating` exactly.
+
+    Args:
+        sampling: of the config.
+        partial_format: partials of format 3 keep no silent contexts of single features.
+    """
     low = sampling.low_activating
     return SampleSizes(
         top=sampling.top,
@@ -53,6 +58,7 @@ def sample_sizes(sampling: SamplingConfig) -> SampleSizes:
         bands=max(sampling.bands, LOW_OCTAVES if low else 0),
         per_band=max(sampling.per_band, low),
         silent=sampling.silent,
+        non_activating=sampling.non_activating if partial_format > 3 else 0,
     )
 
 
@@ -157,6 +163,9 @@ class Analyzer:
             raise NumericsError(f"this worker computes other bits than the run was planned with: {what}")
         self._reader = Reader(config.model, config.saes, planned)
         self._reader.drop_above()
+        tokenizer = self._reader.tokenizer
+        # until format 3 an ordinary token that also pads was taken for a special one
+        self._special_ids = tokenizer.special_ids if partial_format > 3 else tokenizer.named_special_ids
         attention = {"attention": self._reader.model.attention}
         self.machine = Machine(numerics=numerics, versions=machine.versions | attention)
         self.saes, self.points = self._reader.saes, self._reader.points
@@ -188,7 +197,7 @@ class Analyzer:
         rules = masks.token_rules(
             batch.input_ids,
             batch.num_tokens,
-            special_ids=self._reader.tokenizer.special_ids if chosen.special_tokens else (),
+            special_ids=self._special_ids if chosen.special_tokens else (),
             first_positions=chosen.first_positions,
             positions=chosen.positions,
         )
@@ -258,7 +267,7 @@ class Analyzer:
             key: SiteCensus(
                 self.saes[key].num_features,
                 self.saes[key].width,
-                sample_sizes(config.sampling),
+                sample_sizes(config.sampling, self._format),
                 seed=config.sampling.seed,
                 shard_key=shard_key(shard.shard_id),
                 documents=document,
