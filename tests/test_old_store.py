@@ -12,7 +12,7 @@ from conftest import write_corpus
 from data.make_old_store import make_config
 
 from pipeline.config import AttributeConfig, ReportConfig, SideConfig, VerifyConfig
-from pipeline.errors import IdentityError
+from pipeline.errors import CorruptError, IdentityError
 from pipeline.flows.analyze import Analysis, analyze
 from pipeline.flows.attribute import attribute
 from pipeline.flows.catalog import Catalog
@@ -192,6 +192,13 @@ def test_a_name_that_a_newer_version_claimed_is_refused_by_the_number(old):
         blobs.put("catalogs/new/identity.json", sealed(there))
         with pytest.raises(IdentityError, match=message):
             identify(config_of(old, catalog={"name": "new"}))
+
+
+def test_a_manifest_without_a_seal_is_proved_by_the_digest_of_its_snapshot(old):
+    path = old / "runs/catalogs/old/000002/manifest.json"
+    path.write_text(re.sub(r'"counted": \d', '"counted": 9', path.read_text(), count=1))
+    with pytest.raises(CorruptError, match=r"old/000002/manifest\.json is damaged: its content"):
+        Catalog(old / "runs", "old")
 
 
 def test_an_unsealed_record_that_contradicts_its_manifest_is_not_believed(old):
