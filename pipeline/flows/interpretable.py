@@ -302,6 +302,6 @@ def _say_if_idle(frame: Steering) -> None:
             f"none of {positions.seen} positions: at all of them the edits leave the codes as they are (scaling cannot "
             "switch on a silent feature; mode add or set can)"
             if positions.seen
-            else "nothing: no forward of this model ran in this context inside the block"
+            else "nothing: no forward of this model ran in this thread inside the block"
         )
         _log.warning("steering at %s touched %s", name, what)
