@@ -361,6 +361,6 @@ def _say_if_idle(frame: Steering) -> None:
         what = (
             f"none of {positions.seen} positions: {_why_idle(frame, name, positions.seen)}"
             if positions.seen
-            else "nothing: no forward of this model ran in this context inside the block"
+            else "nothing: no forward of this model ran in this thread inside the block"
         )
         _log.warning("steering at %s touched %s", name, what)
