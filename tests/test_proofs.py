@@ -22,6 +22,7 @@ from pipeline.io.device import configure
 from pipeline.io.versions import versions
 from pipeline.records import RECORD_FORMAT, Receipt, canonical, sealed, unsealed
 from pipeline.steps.background import load_backgrounds
+from pipeline.steps.parts import Provenance
 from pipeline.steps.reader import load_saes
 from pipeline.steps.shard import Analyzer, Machine
 
@@ -202,7 +203,7 @@ def test_a_receipt_says_what_software_made_it_and_a_worker_with_other_software_i
     numerics = configure(1, torch.device("cpu"))
     planned = Machine(numerics=numerics, versions=versions() | {"torch": "1.0.0"})
     with pytest.raises(NumericsError, match=r"torch .* and 1\.0\.0"):
-        Analyzer(config, "", {}, planned, 4)
+        Analyzer(config, "", {}, planned, 4, Provenance(model="", tokenizer="", saes={}))
     assert "torch" not in told["identity"]["measure"]["numerics"]
 
 
