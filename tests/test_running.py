@@ -353,7 +353,10 @@ def test_generation_whose_rows_are_not_the_result_is_refused_while_codes_are_tra
 ) -> None:
     generate = BEAMS[how]
     with (
-        pytest.raises(ArgumentError, match=r"tracked codes are those of the rows that run.*generate without tracking"),
+        pytest.raises(
+            ArgumentError,
+            match=r"tracked codes and chosen positions are those of the rows that run.*generate without tracking",
+        ),
         model.interpretation_enabled(),
     ):
         generate(model if door == "wrapper" else model.model)
@@ -369,6 +372,14 @@ def test_beams_of_the_checkpoint_are_refused_too_and_one_beam_is_not(model: Inte
                 inner.generate(IDS, **how)
         text = inner.generate(IDS, **HOW, num_beams=1)
     check_codes(model, model.get_active_features(), text[:, :-1])
+
+
+def test_beams_are_refused_where_positions_are_chosen(model: InterpretableModel) -> None:
+    with (
+        pytest.raises(ArgumentError, match="chosen positions are those of the rows that run"),
+        model.steering_enabled(EDIT, positions="generated"),
+    ):
+        model.generate(IDS, **HOW, num_beams=2)
 
 
 def test_beams_are_steered_like_forwards_without_a_cache(model: InterpretableModel) -> None:

@@ -122,6 +122,11 @@ class Selector:
         self._num_prompt: Int64[np.ndarray, " B"] | None = None
         self._seen: dict[str, _Seen] = {}
 
+    @property
+    def follows_rows(self) -> bool:
+        """Whether what it chooses depends on what a row held before."""
+        return self._positions.which != "all"
+
     def begin(self, passing: Passing) -> None:
         """A forward begins."""
         before, self._passing = self._passing, passing

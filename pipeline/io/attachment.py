@@ -161,9 +161,9 @@ class Attachment:
         return inside[-1] if inside else self._here.steering or self._thread.last.steering
 
     @property
-    def is_tracking(self) -> bool:
-        """Whether this context collects codes now."""
-        return any(isinstance(frame, Tracking) for frame in self._here.frames)
+    def follows_rows(self) -> bool:
+        """Whether this context collects codes now, or edits by what it saw of each row."""
+        return any(isinstance(frame, Tracking) or frame.selector.follows_rows for frame in self._here.frames)
 
     def forget(self) -> None:
         """Drop the codes that this context has collected."""
@@ -191,7 +191,7 @@ class Attachment:
             for module in self._callers:
                 stack.callback(module.register_forward_pre_hook(Hook(self._enter), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(Hook(self._leave)).remove)
-                stack.enter_context(Unfollowed(module, lambda: self.is_tracking))
+                stack.enter_context(Unfollowed(module, lambda: self.follows_rows))
             # before the hooks of the interventions: one may read the very same tensor
             first = self._blocks[0].register_forward_pre_hook(Hook(self._begin), with_kwargs=True)
             stack.callback(first.remove)

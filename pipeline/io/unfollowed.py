@@ -1,7 +1,7 @@
-"""Ways to generate that tracking cannot follow, refused before they begin.
+"""Ways to generate that tracking, and edits at chosen positions, cannot follow, refused before they begin.
 
-Tracked codes are those of the rows that ran. Beams, and whatever else moves rows or runs the model on a text beside
-the one that grows, return rows that are not those.
+Tracked codes are those of the rows that ran, and positions are chosen by what a row held before. Beams, and whatever
+else moves rows or runs the model on a text beside the one that grows, return rows that are not those.
 """
 
 import inspect
@@ -13,24 +13,24 @@ from torch import nn
 
 from pipeline.errors import ArgumentError
 
-_WAY_OUT = "generate without tracking, and run the result through the model again with it"
+_WAY_OUT = "generate without tracking, or with positions='all', and run the result through the model again"
 
 
 class Unfollowed:
     """Inside a `with` block, the `generate` of a model of transformers checks first what it is asked for."""
 
-    def __init__(self, module: nn.Module, is_tracking: Callable[[], bool]):
+    def __init__(self, module: nn.Module, is_followed: Callable[[], bool]):
         """Prepare; without `generate` and its config there is nothing to check.
 
         Args:
             module: whose `generate` it is.
-            is_tracking: whether the context that calls it collects codes.
+            is_followed: whether the context that calls it collects codes, or chooses positions.
         """
         self._own = module.__dict__
         self._was = self._own.get("generate")
         self._guard: _Guard | None = None
         if hasattr(module, "generation_config") and hasattr(type(module), "generate"):
-            self._guard = _Guard(module, getattr(module, "generate"), is_tracking)  # noqa: B009  # typed as a tensor
+            self._guard = _Guard(module, getattr(module, "generate"), is_followed)  # noqa: B009  # typed as a tensor
 
     def __enter__(self) -> None:
         if self._guard is not None:
@@ -44,13 +44,13 @@ class Unfollowed:
 
 
 class _Guard:
-    def __init__(self, module: nn.Module, generate: Any, is_tracking: Callable[[], bool]):
+    def __init__(self, module: nn.Module, generate: Any, is_followed: Callable[[], bool]):
         update_wrapper(self, generate)
-        self._module, self._generate, self._is_tracking = module, generate, is_tracking
+        self._module, self._generate, self._is_followed = module, generate, is_followed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`."""
-        if self._is_tracking():
+        if self._is_followed():
             check(self._module, self._generate, args, kwargs)
         return self._generate(*args, **kwargs)
 
@@ -86,8 +86,8 @@ def check(module: Any, generate: Callable[..., Any], args: tuple[Any, ...], kwar
         value, place = asked(name)
         if value is not None and is_refused(value):
             raise ArgumentError(
-                f"{name} is {value!r} ({place}), but tracked codes are those of the rows that run, which are not those "
-                f"of the result then; {_WAY_OUT}"
+                f"{name} is {value!r} ({place}); tracked codes and chosen positions are those of the rows that run, "
+                f"which are not those of the result then; {_WAY_OUT}"
             )
 
 
