@@ -339,7 +339,8 @@ function spanGroups(site, chunk, feature) {
 function spanLine(site, chunk, feature, [slice, document_, shard, context, position, start, value, tokens, at, codes]) {
   const code = new Map(at.map((offset, i) => [offset, codes[i]])), peak = position - start;
   const nodes = tokens.map((token, offset) => {
-    const c = code.get(offset) || 0, node = el("span", { class: offset === peak ? "token peak" : "token" }, shown(chunk.tokens[token][1]));
+    const c = code.get(offset) || 0, node = el("span", { class: offset === peak ? "token peak" : "token" },
+      shown(chunk.tokens[token][1]) || (offset === peak ? "\ufffd" : ""));  // a part of a character, which stands at its last token
     if (c) node.style.setProperty("--heat", (0.1 + (0.9 * c) / feature.max).toFixed(3));
     node.told = [token, c, start + offset];
     return node;
@@ -357,7 +358,7 @@ function follow(spans, chunk) {
     const node = event.target.closest?.(".token");
     if (!node || !node.told) { readout.textContent = ""; return; }
     const [token, code, position] = node.told, [id, text] = chunk.tokens[token];
-    readout.replaceChildren(el("span", { class: "token" }, "‘", shown(text), "’"), ` id ${id} · position ${position} · code `, el("b", {}, code ? String(code) : "0"));
+    readout.replaceChildren(el("span", { class: "token" }, "‘", shown(text) || "\ufffd", "’"), ` id ${id} · position ${position} · code `, el("b", {}, code ? String(code) : "0"));
   };
   spans.addEventListener("pointerover", tell);
   spans.addEventListener("click", tell);
