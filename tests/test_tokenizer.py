@@ -242,12 +242,17 @@ def test_a_corpus_with_its_own_bos_gives_the_shards_of_one_without(tmp_path: Pat
         ("chat", write_lines(tmp_path / "chat", [f"<s>{text}" if i != 2 else text for i, text in enumerate(texts)])),
     ):
         config = analyze_config(tmp_path / "store", corpus={"source": source, "context_length": 8})
-        fields = identify(config).preparation
+        identity = identify(config)
         for rule in (2, 1):
             settings = PrepareSettings(
-                root=config.store.root, model=config.model, corpus=config.corpus, fields=fields | {"format": rule}
+                root=config.store.root,
+                model=config.model,
+                corpus=config.corpus,
+                fields=identity.preparation | {"format": rule},
+                num_embeddings=identity.facts.num_embeddings,
+                planned=identity.provenance,
             )
-            records[name, rule] = Preparer(settings).run(find_config_sources(config)[0])
+            records[name, rule] = Preparer(settings).run(find_config_sources(config).sources[0])
     ids = {key: [shard.shard_id for shard in record.shards] for key, record in records.items()}
     assert ids["plain", 2] == ids["chat", 2] == ids["plain", 1] != ids["chat", 1]
     assert [records[name, 2].num_with_bos for name in ("plain", "chat")] == [0, 3]
