@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.compute.sae import Relu, SparseAutoencoder
-from pipeline.config import AnalyzeConfig, MasksConfig
+from pipeline.config import AnalyzeConfig
 from pipeline.errors import CheckpointError
 from pipeline.flows.analyze import analyze
 from pipeline.io.checkpoints import LoadedSae
@@ -42,9 +42,14 @@ def run(**changes: Any) -> Run:
         "context_length": 128,
         "sources": ("Skylion007/openwebtext",),
         "special_ids": frozenset({0, 50256}),
-        "masks": MasksConfig(),
+        "special_tokens": True,
+        "first_positions": 0,
+        "positions": (),
     }
     return Run(**given | changes)
+
+
+BOOKS = {"counted": 600, "attention_sinks": 0}
 
 
 def said(metadata: dict[str, Any], stream: Stream = "resid_pre", **changes: Any) -> list[tuple[str, bool]]:
@@ -60,8 +65,8 @@ MET: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"model_name": "anything/else"}, {"model_id": "/models/mine", "family": "llama"}),
     ({"seqpos_slice": [None], "exclude_special_tokens": False}, {}),
     ({"seqpos_slice": [1, None]}, {}),  # the one position left out is BOS
-    ({"seqpos_slice": [1, None]}, {"bos": False, "masks": MasksConfig(first_positions=1)}),
-    ({"seqpos_slice": [0, 64], "context_size": 128}, {"masks": MasksConfig(positions=tuple(range(64, 128)))}),
+    ({"seqpos_slice": [1, None]}, {"bos": False, "first_positions": 1}),
+    ({"seqpos_slice": [0, 64], "context_size": 128}, {"positions": tuple(range(64, 128))}),
     ({"exclude_special_tokens": [0, 50256]}, {}),
     (CENTRED, {"is_centred": True}),
     (CENTRED, {"family": "llama"}),
@@ -78,7 +83,6 @@ def test_a_run_that_gives_what_was_trained_with_hears_nothing(
     assert said(metadata, **changes) == []
 
 
-BARE = MasksConfig(special_tokens=False)
 LACKING: list[tuple[dict[str, Any], dict[str, Any], str, bool]] = [
     (CENTRED, {}, "model.center_writing_weights=true would match", True),
     (
@@ -92,10 +96,10 @@ LACKING: list[tuple[dict[str, Any], dict[str, Any], str, bool]] = [
     ({"prepend_bos": True}, {"bos": False}, "with BOS, but this corpus has none; corpus.bos=always", True),
     ({"seqpos_slice": [5, None]}, {}, "positions 5: of a context alone", True),
     ({"seqpos_slice": [5, None]}, {}, "but 4 others are counted; masks.first_positions=5 would match", True),
-    ({"seqpos_slice": [1, None]}, {"masks": BARE}, "masks.first_positions=1 would match", True),
+    ({"seqpos_slice": [1, None]}, {"special_tokens": False}, "masks.first_positions=1 would match", True),
     ({"seqpos_slice": [2, -2], "context_size": 128}, {}, "masks.positions=[0,1,126,127] would match", True),
     ({"seqpos_slice": [0, 20]}, {}, "masks.positions with all 108 positions outside that slice would match", True),
-    ({"exclude_special_tokens": True}, {"masks": BARE}, "masks.special_tokens=true would match", True),
+    ({"exclude_special_tokens": True}, {"special_tokens": False}, "masks.special_tokens=true would match", True),
     ({"exclude_special_tokens": [0, 11]}, {}, "without the tokens 11 (exclude_special_tokens)", False),
     ({"context_size": 1024}, {}, "but these have 128; corpus.context_length=1024 would match", False),
     ({"dataset_path": "monology/pile"}, {}, "corpus.source=monology/pile would match", False),
@@ -162,7 +166,7 @@ def test_a_poor_fit_is_told_under_which_setting_it_would_be_a_good_one() -> None
     x = torch.randn(600, 16, generator=generator) * 0.03 * torch.rand(600, 1, generator=generator)
     site, one = loaded()
     others = preflight._others(site, sae, x)
-    fit = preflight._fit(site, x, 0 * x, num_codes=0, num_negative=0, dead_share=1.0, others=others)
+    fit = preflight._fit(site, x, 0 * x, num_codes=0, num_negative=0, dead_share=1.0, others=others, tokens=BOOKS)
     (found,) = [c for c in preflight.complaints([fit], {site: one}, run()) if "fit is" in c.text]
     assert re.search(
         r"with saes\[\]\.normalize_activations=constant_norm_rescale the FVU of 512 tokens is 0\.", found.text
@@ -182,7 +186,7 @@ def test_activations_that_fit_better_without_their_mean_are_told() -> None:
     x = torch.randn(600, 16, generator=generator) + 3 * torch.randn(600, 1, generator=generator)
     site, one = loaded()
     fit = preflight._fit(
-        site, x, x, num_codes=0, num_negative=0, dead_share=1.0, others=preflight._others(site, sae, x)
+        site, x, x, num_codes=0, num_negative=0, dead_share=1.0, others=preflight._others(site, sae, x), tokens=BOOKS
     )
     (found,) = preflight.complaints([fit], {site: one}, run())
     assert "if it was trained on centred writing weights, model.center_writing_weights=true would match" in found.text

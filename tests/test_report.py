@@ -43,7 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, analyze_config: MakeConfig) -
     folder = tmp_path_factory.mktemp("report")
     hostile = folder / "hostile.jsonl"
     hostile.write_text("".join(json.dumps({"text": f"{text} and water. "}) + "\n" for text in HOSTILE * 6))
-    source = {**analyze_config(folder).corpus.source, "<i>odd</i>\u202e": str(hostile)}  # type: ignore[dict-item]
+    source = {**analyze_config(folder).corpus.source, "odd_names": str(hostile)}  # type: ignore[dict-item]
     analyze(analyze_config(folder, corpus={"source": source}, logits={"top_k": 3}), say=lambda line: None)
     return folder
 
@@ -244,7 +244,7 @@ def test_no_text_of_the_corpus_can_leave_its_string(folder: Path) -> None:
     ]
     assert any("<script>" in text for text in firings)  # the corpus did come through
     assert any("\x1b[31m" in text for text in firings)
-    assert "<i>odd</i>\u202e" in [name for name, *_ in facts_of(folder)["slices"]]
+    assert "odd_names" in [name for name, *_ in facts_of(folder)["slices"]]
     page = (folder / "index.html").read_text()
     assert page.count("</script>") == 2
     assert "<i>" not in page

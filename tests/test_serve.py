@@ -670,9 +670,12 @@ def test_a_body_at_a_bound_of_the_document_is_accepted_and_one_beyond_is_refused
     found = [*edges(asked, document), *quantile]
     assert len(found) > 40
     for at, inside, beyond in found:
-        base = {} if at in (("text",), ("prompt",)) else {"text": "a"}
+        base: dict[str, Any] = {} if at in (("text",), ("prompt",)) else {"text": "a"}
+        base |= {"do_sample": True} if at in (("temperature",), ("top_p",)) else {}
         for value, right in ((inside, True), (beyond, False)):
             body = base | nested(at, value)
+            if at == ("tau", "value"):
+                body["tau"]["mode"] = "constant"
             text = json.dumps(body).replace("Infinity", "1e309")
             answer = client.post(URL, content=text, headers=JSON)
             assert (valid(body), answer.status_code) == (right, 200 if right else 422), (

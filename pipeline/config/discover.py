@@ -44,6 +44,17 @@ _TAU: JsonDict = {
 }
 
 
+_REQUEST: JsonDict = {
+    "oneOf": [_just("text"), _just("prompt")],
+    "allOf": [
+        {
+            "if": {"properties": {"do_sample": {"const": False}}},
+            "then": {"properties": {"temperature": {"const": 1}, "top_p": {"const": 1}}},
+        }
+    ],
+}
+
+
 def _with_integers(value: object, depth: int = 2) -> object:
     """1.0 as 1: JSON does not tell them apart, and its schema calls both integers.
 
@@ -86,7 +97,7 @@ class TauConfig(Section):
 class DiscoverRequest(Section):
     """Find the features that a prompt or text uses."""
 
-    model_config = ConfigDict(strict=True, json_schema_extra={"oneOf": [_just("text"), _just("prompt")]})
+    model_config = ConfigDict(strict=True, json_schema_extra=_REQUEST)
 
     model_id: str | None = Field(default=None, max_length=4096)
     """The language model; null: the one that is loaded."""

@@ -248,7 +248,9 @@ class Filling:
             context_length=config.corpus.context_length,
             sources=tuple(str(one) for one in (given.values() if isinstance(given, dict) else [given])),
             special_ids=frozenset(identity.special_ids),
-            masks=config.masks,
+            special_tokens=config.masks.special_tokens,
+            first_positions=config.masks.first_positions,
+            positions=config.masks.positions,
         )
 
     def _quarantine(self, outcome: Outcome[Any, Any]) -> Failure:

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.config import MasksConfig
 from pipeline.io.centring import LAYER_NORM_FAMILIES, is_centred
 from pipeline.io.checkpoints import LoadedSae
 from pipeline.types import SiteKey
@@ -58,7 +57,12 @@ class Run:
     """What the corpus was read from."""
     special_ids: frozenset[int]
     """Of the tokenizer."""
-    masks: MasksConfig
+    special_tokens: bool
+    """Whether the masks leave special tokens out."""
+    first_positions: int
+    """So many at the start of every context are left out,"""
+    positions: tuple[int, ...]
+    """and so are these."""
 
     @property
     def can_be_centred(self) -> bool:
@@ -67,8 +71,8 @@ class Run:
 
     def is_counted(self, position: int) -> bool:
         """Whether the census counts tokens at a position of every context."""
-        is_bos = position == 0 and self.bos and self.masks.special_tokens
-        return not (is_bos or position < self.masks.first_positions or position in self.masks.positions)
+        is_bos = position == 0 and self.bos and self.special_tokens
+        return not (is_bos or position < self.first_positions or position in self.positions)
 
 
 def demands(saes: Mapping[SiteKey, LoadedSae], run: Run) -> list[Complaint]:
@@ -190,7 +194,7 @@ def _special_tokens(metadata: Mapping[str, Any], run: Run) -> Iterator[Complaint
     excluded = metadata.get("exclude_special_tokens")
     if not excluded:
         return
-    if not run.masks.special_tokens:
+    if not run.special_tokens:
         yield Complaint(
             text="trained without special tokens (exclude_special_tokens), but they are counted; "
             "masks.special_tokens=true would match",
