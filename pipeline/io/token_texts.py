@@ -36,6 +36,7 @@ class TokenTexts:
 
     def of(self, rows: Sequence[Sequence[int]]) -> list[list[str]]:
         """The texts of the tokens of each run."""
+        self.alone({i for row in rows for i in row})
         cuts = [self._cuts(row) for row in rows]
         parts = [list(row[first:last]) for row, at in zip(rows, cuts, strict=True) for first, last in pairwise(at)]
         anchors = [
@@ -58,7 +59,9 @@ class TokenTexts:
 
     def _added(self, anchors: Sequence[int | None], rows: Sequence[Sequence[int]]) -> list[str]:
         """What each run adds to the text of its anchor; its own text where the anchor's does not stand before it."""
-        bases = self._decode([[] if anchor is None else [anchor] for anchor in anchors])
+        few = list(dict.fromkeys(anchors))
+        of_anchor = dict(zip(few, self._decode([[] if one is None else [one] for one in few]), strict=True))
+        bases = [of_anchor[anchor] for anchor in anchors]
         wholes = self._decode([row if anchor is None else [anchor, *row] for anchor, row in zip(anchors, rows)])
         fits = [whole.startswith(base) for whole, base in zip(wholes, bases, strict=True)]
         free = iter(self._decode([row for row, fit in zip(rows, fits, strict=True) if not fit]))
@@ -69,7 +72,9 @@ class TokenTexts:
 
     def _tokens(self, anchor: int | None, ids: Sequence[int], whole: str) -> list[str]:
         """Token texts that join to `whole`: each as it is alone if they do, else from prefixes of the run."""
-        alone = self.alone(ids)
+        alone = [self._alone[i] for i in ids]
+        if all(alone) and _BROKEN not in whole and "".join(alone) == whole:
+            return alone
         found: list[str] = []
         for is_part, group in groupby(zip(ids, alone, strict=True), lambda pair: not pair[1] or _BROKEN in pair[1]):
             several = list(group)
