@@ -12,7 +12,9 @@ from test_hooks import LAYOUTS, TINY
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.io.checkpoints import load_sae
 from pipeline.io.model import LanguageModel
+from pipeline.io.pretrained import resolve
 
 Tensors = dict[str, torch.Tensor]
 CPU = torch.device("cpu")
@@ -178,3 +180,10 @@ def test_a_token_beyond_the_embedding_is_one_line_with_both_sizes(model_dir: Pat
     )
     with pytest.raises(ConfigError, match=message), model.captures([]) as captures:
         model.run(captures, torch.tensor([[5, 291]]))
+
+
+def test_a_revision_is_refused_where_nothing_has_one(model_dir: Path, sae_dirs: dict[str, Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"model\.revision is 'main', but .* has no revisions; leave it out"):
+        resolve(str(model_dir), "main")
+    with pytest.raises(CheckpointError, match=r"saes\[\]\.revision is 'main', but .* has no revisions; leave it out"):
+        load_sae(str(sae_dirs["late"]), revision="main")

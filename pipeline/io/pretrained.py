@@ -136,12 +136,17 @@ def resolve(model_id: str, revision: str | None) -> Path | str:
     """What `from_pretrained` should load: a local directory, or the hub id itself.
 
     Raises:
-        CheckpointError: if a local path does not hold a model.
+        CheckpointError: if a local path does not hold a model, or a revision is asked of it.
     """
     _quiet()
+    path = Path(model_id).expanduser()
+    if revision is not None and (path.exists() or model_id.startswith(embedded.PREFIX)):
+        raise CheckpointError(
+            f"model.revision is {revision!r}, but model.id {model_id} lies on this machine and has no revisions; leave "
+            "it out, or name a hub id"
+        )
     if model_id.startswith(embedded.PREFIX):
         return _convert_gguf(embedded.model_path())
-    path = Path(model_id).expanduser()
     if path.is_file():
         if path.suffix == ".gguf":
             return _convert_gguf(path)

@@ -149,10 +149,14 @@ def is_sae(folder: Path) -> bool:
 
 
 def _locate(path: str, revision: str | None, chosen: HookPoint | None) -> _Place:
+    local = Path(path).expanduser()
+    if revision is not None and (local.exists() or path.startswith(embedded.PREFIX)):
+        raise CheckpointError(
+            f"saes[].revision is {revision!r}, but {path} lies on this machine and has no revisions; leave it out"
+        )
     if path.startswith(embedded.PREFIX):
         folder = embedded.sae_path(path)
         return _Place(folder=folder, name=folder.name)
-    local = Path(path).expanduser()
     if local.is_file():
         return _Place(folder=local.parent, file=local, name=local.absolute().parent.name)
     if local.is_dir():
