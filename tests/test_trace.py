@@ -494,6 +494,22 @@ def test_a_later_run_adds_features_and_replaces_only_its_own(store: Path, tmp_pa
     assert tables.read(tmp_path / "here/sources.parquet").equals(before)
 
 
+def test_double_precision_gives_the_same_rows_but_for_their_rounding(store: Path, tmp_path: Path) -> None:
+    chosen = {"best": 3, "spans": 2}
+    single = trace(config(store, out=str(tmp_path / "a"), **chosen), quiet)
+    double = trace(config(store, out=str(tmp_path / "b"), dtype="float64", **chosen), quiet)
+    assert (single.dtype, double.dtype) == ("float32", "float64")
+    assert json.loads((tmp_path / "b/trace.json").read_text())["dtype"] == "float64"
+    rows, precise = (found.sources.to_pylist() for found in (single, double))
+    key = ("kind", "layer", "head", "source_position")
+    one, other = (
+        {tuple(row[k] for k in (*key, "feature_id", "sample_rank")): row for row in found} for found in (rows, precise)
+    )
+    assert any(one[key]["contribution"] != other[key]["contribution"] for key in one.keys() & other.keys())
+    for key in one.keys() & other.keys():
+        close(one[key]["contribution"], other[key]["contribution"], abs(one[key]["pre_activation"]))
+
+
 @pytest.mark.ray
 def test_workers_on_ray_give_the_same_rows(store: Path, tmp_path: Path) -> None:
     here = trace(config(store, best=3, spans=2, out=str(tmp_path / "a")), quiet)
@@ -591,6 +607,7 @@ def test_the_command_prints_what_features_come_from_and_where_the_rest_is(run: R
         ("features=[-1]", "features is [-1]; expected different ids from 0 on"),
         ("features=[1,1]", "features is [1, 1]; expected different ids from 0 on"),
         ("spans=0", "spans is 0: Input should be greater than 0"),
+        ("dtype=bfloat16", "dtype is 'bfloat16': Input should be 'float32' or 'float64'"),
         ("sae=nobody", "sae=nobody fits no SAE of catalog 'tiny'; it has early at"),
     ],
 )

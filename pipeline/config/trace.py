@@ -1,5 +1,7 @@
 """Config of the job that traces features upstream."""
 
+from typing import Literal
+
 from pydantic import Field, PositiveInt, model_validator
 
 from pipeline.config.sections import CatalogConfig, ClusterConfig, Section, StoreConfig
@@ -8,7 +10,7 @@ from pipeline.config.sections import CatalogConfig, ClusterConfig, Section, Stor
 class TraceConfig(Section):
     """`jobs.trace`: where features of a catalog come from, at their spans.
 
-    Model, SAEs and text are those that the catalog names; the model computes in float32.
+    Model, SAEs and text are those that the catalog names.
     """
 
     store: StoreConfig = StoreConfig()
@@ -29,6 +31,9 @@ class TraceConfig(Section):
     """Spans of each feature, best first."""
     pairs: int = Field(default=20, ge=0)
     """The strongest pairs of head and source token that are listed one by one, for each span."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """That the model computes in, whatever the catalog's: parts add up to a pre-activation only where little is
+    rounded, so half precision is none of the choices."""
     device: str = "auto"
     """auto: the GPU where there is one, else cpu."""
     cluster: ClusterConfig = ClusterConfig()

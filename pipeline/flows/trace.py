@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
@@ -37,8 +36,6 @@ from pipeline.steps.tracing import Probe, SpanProbe, Tracer, TraceSettings, spli
 from pipeline.types import HookPoint, SiteKey
 
 CONTEXTS_PER_TASK = 16
-DTYPE: Literal["float32"] = "float32"
-"""Of the model, whatever the catalog's: parts add up to a pre-activation only where little is rounded."""
 PAGE_FEATURES = 100
 """More features than these make no page that a browser likes; all are in the tables."""
 _ORDER = ("hook_point", "sae", "feature_id", "group", "sample_rank")
@@ -123,7 +120,7 @@ def trace(config: TraceConfig, say: Callable[[str], None] | None = None) -> Trac
         num_spans=len(spans),
         without_spans=without,
         failures=failures,
-        dtype=DTYPE,
+        dtype=config.dtype,
         catalog_dtype=catalog.manifest["identity"]["measure"]["model"]["dtype"],
         seconds=time.monotonic() - began,
     )
@@ -179,7 +176,7 @@ def _spans(config: TraceConfig, catalog: Catalog) -> tuple[list[SpanProbe], int]
 def _settings(config: TraceConfig, catalog: Catalog, sites: set[SiteKey]) -> TraceSettings:
     """Model and SAEs of the catalog; the workers prove that they are those that made it."""
     made = AnalyzeConfig.model_validate(catalog.manifest["config"])
-    model = made.model.model_copy(update={"dtype": DTYPE, "device": config.device})
+    model = made.model.model_copy(update={"dtype": config.dtype, "device": config.device})
     saes = [one for one in made.saes if sites & load_saes([one]).keys()]
     planned = Provenance.of_measure(catalog.manifest["identity"]["measure"], f"catalog {config.catalog.name!r}")
     return TraceSettings(
@@ -234,7 +231,7 @@ def _publish(config: TraceConfig, catalog: Catalog, table: tables.Table, page: b
         "snapshot": catalog.number,
         "config": config.model_dump(mode="json"),
         "made_at": time.time(),
-        "dtype": DTYPE,
+        "dtype": config.dtype,
         "files": {name: hashlib.sha256(body).hexdigest() for name, body in files.items()},
     }
     blobs.put("trace.json", sealed(facts))
