@@ -1,1 +1,1 @@
-"""The configs of the jobs: plain YAML over the defaults of `pipeline.config`."""
+"""The configs of the jobs: plain YAML over the defaults of `sae_census.config`."""

@@ -1,59 +1,6 @@
-"""`python -m jobs.attribute`: the tokens that every feature promotes and suppresses, into a catalog or a folder."""
+"""`python -m jobs.attribute` in a checkout is `sae-census attribute`."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
-from rich.table import Table
-from rich.text import Text
-
-from jobs import _main
-from jobs._show import console
-from pipeline.config import AttributeConfig
-from pipeline.flows.attribute import attribute
-from pipeline.io import tables
-from pipeline.steps.logits import LOGITS, MOMENTS
-
-_FEATURES, _TOKENS = 5, 6
-_TOKENS_WIDTH = 42
-
-
-def job(config: AttributeConfig) -> int:
-    """Run the flow and show the features whose logits are the most peaked."""
-    attribution = attribute(config)
-    screen = console()
-    for table in peaked(attribution.folder):
-        screen.print(table)
-    print(f"computed  from {attribution.dtype} weights")
-    print(f"logits    {attribution.folder}{'' if attribution.is_new else ' (unchanged)'}")
-    print(f"time      {attribution.seconds:.1f} s")
-    return _main.DONE
-
-
-def peaked(folder: Path) -> Iterator[Table]:
-    """For every SAE, the features of greatest kurtosis with the tokens that they move most."""
-    moments = tables.read(folder / MOMENTS).sort_by([("kurtosis", "descending"), ("feature_id", "ascending")])
-    rows = moments.to_pylist()
-    for hook_point, sae in sorted({(row["hook_point"], row["sae"]) for row in rows}):
-        title = f"{hook_point}  {sae}  by kurtosis of its logits"
-        table = Table(title=title, title_justify="left", expand=False, min_width=len(title))
-        for name in ("feature", "kurtosis"):
-            table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
-        for name in ("promotes", "suppresses"):
-            table.add_column(name, no_wrap=True, max_width=_TOKENS_WIDTH)
-        for row in [r for r in rows if (r["hook_point"], r["sae"]) == (hook_point, sae)][:_FEATURES]:
-            key = [("hook_point", "=", hook_point), ("sae", "=", sae), ("feature_id", "=", row["feature_id"])]
-            found = tables.read(folder / LOGITS, filters=[*key, ("rank", "<=", _TOKENS)]).to_pylist()
-            texts = [
-                Text(" ".join(_shown(r["token"]) for r in found if r["sign"] == s)) for s in ("positive", "negative")
-            ]
-            table.add_row(str(row["feature_id"]), f"{row['kurtosis']:.3g}", *texts)
-        yield table
-
-
-def _shown(token: str) -> str:
-    plain = token.replace(" ", "·").replace("\n", "↩").replace("\t", "→")
-    return "".join(c if c.isprintable() else "�" for c in plain) or "∅"
-
+from sae_census.cli.attribute import main
 
 if __name__ == "__main__":
-    _main.main("attribute", AttributeConfig, job)
+    main()

@@ -1,29 +1,6 @@
-"""`python -m jobs.sweep`: one tick of scheduled runs; cron, a Kubernetes CronJob or a Ray job calls it.
+"""`python -m jobs.sweep` in a checkout is `sae-census sweep`."""
 
-Exit codes: 0 done or nothing due; 2 the config is wrong; 3 an entry failed; 4 an entry drifted out of bounds.
-"""
-
-import json
-import sys
-
-from jobs import _main
-from pipeline.config import SweepConfig
-from pipeline.flows.sweep import sweep
-
-ALERT = 4
-
-
-def job(config: SweepConfig) -> int:
-    """Run the tick; alarms go to stdout as one line of JSON that a webhook takes."""
-    runs = sweep(config, say=lambda line: print(line, file=sys.stderr))
-    alarmed = [run for run in runs if run.alerts]
-    for run in alarmed:
-        text = f"SAE Census: {run.entry} drifted: {'; '.join(run.alerts)}"
-        print(json.dumps({"text": text, **run.model_dump(mode="json")}))
-    if any(run.status in ("failed", "partly") for run in runs):
-        return _main.PARTLY
-    return ALERT if alarmed else _main.DONE
-
+from sae_census.cli.sweep import main
 
 if __name__ == "__main__":
-    _main.main("sweep", SweepConfig, job)
+    main()

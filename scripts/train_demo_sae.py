@@ -24,10 +24,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.io import embedded
-from pipeline.io.model import LanguageModel
-from pipeline.io.tokenizer import Tokenizer
-from pipeline.types import HookPoint
+from sae_census.io import embedded
+from sae_census.io.model.language_model import LanguageModel
+from sae_census.io.tokens.tokenizer import Tokenizer
+from sae_census.types import HookPoint
 
 PACKAGES = (
     "jargon-text debian-handbook linux-doc python3-doc debian-reference-en developers-reference debian-policy "

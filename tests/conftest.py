@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from pipeline.config import AnalyzeConfig
-from pipeline.records import sealed, unsealed
-from pipeline.steps.manifests import content_digest, facts_of
+from sae_census.config import AnalyzeConfig
+from sae_census.records import sealed, unsealed
+from sae_census.steps.store.manifests import content_digest, facts_of
 
 WIDTH, LAYERS, VOCABULARY = 32, 3, 300
 TOPICS = (

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config import AnalyzeConfig, SaeConfig
+from sae_census.config import AnalyzeConfig, SaeConfig
 
 RULES = ("padding", "special_tokens", "first_positions", "positions", "max_norm_ratio", "attention_sinks")
 COUNTED = "counted"

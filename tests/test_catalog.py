@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from reference import COUNTED, RULES, Context, Site, Twin, octave
 
-from pipeline.compute import fixed
-from pipeline.compute.stats import QUANTILE_ERROR
-from pipeline.config import AnalyzeConfig
-from pipeline.flows.analyze import analyze
-from pipeline.flows.catalog import Catalog
+from sae_census.compute.numbers import fixed
+from sae_census.compute.numbers.stats import QUANTILE_ERROR
+from sae_census.config import AnalyzeConfig
+from sae_census.flows.catalog.reader import Catalog
+from sae_census.flows.census.analyze import analyze
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "concat": {},

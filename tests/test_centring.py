@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import encode_prompts, steer
-from pipeline.config import DiscoveryConfig, ModelConfig, SaeConfig, SteerConfig
-from pipeline.errors import ConfigError
-from pipeline.flows.discover import open_discoverer
-from pipeline.io.centring import center_writing_weights, is_centred
-from pipeline.io.hooks import Captures, layout_of
-from pipeline.io.model import LanguageModel
-from pipeline.steps.parts import facts_of
-from pipeline.types import HookPoint
+from sae_census import encode_prompts, steer
+from sae_census.config import DiscoveryConfig, ModelConfig, SaeConfig, SteerConfig
+from sae_census.errors import ConfigError
+from sae_census.flows.discovery.discover import open_discoverer
+from sae_census.io.model.centring import center_writing_weights, is_centred
+from sae_census.io.model.hooks import Captures, layout_of
+from sae_census.io.model.language_model import LanguageModel
+from sae_census.steps.model.parts import facts_of
+from sae_census.types import HookPoint
 
 TINY = {
     "vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "n_inner": 24, "num_hidden_layers": 2,

@@ -20,12 +20,12 @@ from tiny_checkpoints import (
     qwen_scope,
 )
 
-from pipeline.compute.sae import TopK
-from pipeline.config import SaeConfig
-from pipeline.errors import CheckpointError, ConfigError
-from pipeline.flows.analyze import analyze
-from pipeline.io.checkpoints import FORMATS, load_sae
-from pipeline.steps.reader import load_saes
+from sae_census.compute.numbers.sae import TopK
+from sae_census.config import SaeConfig
+from sae_census.errors import CheckpointError, ConfigError
+from sae_census.flows.census.analyze import analyze
+from sae_census.io.checkpoints import FORMATS, load_sae
+from sae_census.steps.model.reader import load_saes
 
 
 @pytest.mark.parametrize("hook_point", ["blocks.3.hook_resid_post", "model.layers.3"])

@@ -13,15 +13,15 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from test_nodes import add, my_node, toy, wait_for
 
-from jobs import verify as verify_job
-from jobs.plan import describe
-from pipeline.config import ClusterConfig, VerifyConfig, WorkerClass
-from pipeline.errors import ConfigError, IdentityError
-from pipeline.flows.analyze import analyze
-from pipeline.flows.plan import make_plan
-from pipeline.flows.verify import verify
-from pipeline.steps.cluster import places, run_tasks
-from pipeline.steps.session import AnalysisSession
+from sae_census.cli import verify as verify_job
+from sae_census.cli.plan import describe
+from sae_census.config import ClusterConfig, VerifyConfig, WorkerClass
+from sae_census.errors import ConfigError, IdentityError
+from sae_census.flows.census.analyze import analyze
+from sae_census.flows.census.plan import make_plan
+from sae_census.flows.census.verify import verify
+from sae_census.steps.census.session import AnalysisSession
+from sae_census.steps.cluster import places, run_tasks
 
 pytestmark = [
     pytest.mark.ray,
@@ -118,7 +118,7 @@ def test_a_mixed_measure_says_so_everywhere_and_is_never_a_strict_one(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("pipeline.flows.filling.AnalysisSession", another_machine_on(nodes["big"], tmp_path))
+    monkeypatch.setattr("sae_census.flows.census.fill.AnalysisSession", another_machine_on(nodes["big"], tmp_path))
     cluster = settings(nodes, BIG, SMALL, mixed_numerics=True).model_dump()
     mixed = analyze(analyze_config(tmp_path / "store", cluster=cluster), lambda line: None).catalog
     receipts = [json.loads(path.read_text()) for path in (tmp_path / "store").glob("measures/*/receipts/*.json")]
@@ -151,7 +151,7 @@ def another_machine_on(node: str, folder: Path) -> type[AnalysisSession]:
 
     class Session(AnalysisSession):
         def __init__(self, *args: Any):
-            from pipeline.io import device
+            from sae_census.io.model import device
 
             true = device.configure
             if my_node() == node:

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import ClusterConfig
-from pipeline.errors import ConfigError, ShardError
-from pipeline.flows.analyze import analyze
-from pipeline.io.blobs import LocalBlobs
-from pipeline.steps import publish
-from pipeline.steps.cluster import connected, run_tasks
-from pipeline.steps.outcomes import Outcome
+from sae_census.config import ClusterConfig
+from sae_census.errors import ConfigError, ShardError
+from sae_census.flows.census.analyze import analyze
+from sae_census.io.store.blobs import LocalBlobs
+from sae_census.steps.census import publish
+from sae_census.steps.cluster import connected, run_tasks
+from sae_census.steps.cluster.outcomes import Outcome
 
 pytestmark = [
     pytest.mark.ray,
@@ -87,7 +87,7 @@ def test_a_worker_that_cannot_start_for_a_users_reason_says_so() -> None:
 
 def test_what_a_library_warns_of_in_the_workers_is_told_once_by_the_driver(capsys: pytest.CaptureFixture[str]) -> None:
     def misbehave(task: int) -> None:
-        from pipeline.io import told
+        from sae_census.io.loading import told
 
         told.tell("rows of a worker are wrong")
 
@@ -198,8 +198,8 @@ def test_a_run_whose_driver_was_killed_goes_on_where_it_stopped(
     config = analyze_config(tmp_path / "cut")
     (tmp_path / "config.json").write_text(config.model_dump_json())
     program = (
-        "import sys; from pathlib import Path; from pipeline.config import AnalyzeConfig; "
-        "from pipeline.flows.analyze import analyze; "
+        "import sys; from pathlib import Path; from sae_census.config import AnalyzeConfig; "
+        "from sae_census.flows.census.analyze import analyze; "
         "analyze(AnalyzeConfig.model_validate_json(Path(sys.argv[1]).read_text()), print)"
     )
     kills = 0
@@ -219,8 +219,8 @@ def test_a_process_that_has_connected_ends_with_its_exit_code_before_anything_ca
     """With the nap at the very end, threads that Ray leaves behind meet destroyed objects nearly always."""
     program = (
         "import ctypes, sys\n"
-        "from pipeline.config import ClusterConfig\n"
-        "from pipeline.steps.cluster import connected\n"
+        "from sae_census.config import ClusterConfig\n"
+        "from sae_census.steps.cluster import connected\n"
         "libc = ctypes.CDLL(None)\n"
         "libc.on_exit(libc.sleep, None)  # is called last, and sleeps as many seconds as the exit code says\n"
         "for _ in range(2):\n"

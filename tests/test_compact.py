@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from conftest import write_corpus
 
-from jobs.status import text
-from pipeline.config import AnalyzeConfig, StoreConfig, VerifyConfig
-from pipeline.errors import ConfigError, CorruptError, ShardError
-from pipeline.flows import reduction
-from pipeline.flows.analyze import Analysis, analyze
-from pipeline.flows.catalog import Catalog
-from pipeline.flows.compact import Compaction, compact
-from pipeline.flows.status import runs
-from pipeline.flows.verify import verify
-from pipeline.io.blobs import LocalBlobs
-from pipeline.io.store import Pack
-from pipeline.records import Node, Receipt
-from pipeline.steps import merger, shard, tree
+from sae_census.cli.status import text
+from sae_census.config import AnalyzeConfig, StoreConfig, VerifyConfig
+from sae_census.errors import ConfigError, CorruptError, ShardError
+from sae_census.flows.catalog.reader import Catalog
+from sae_census.flows.census import reduce
+from sae_census.flows.census.analyze import Analysis, analyze
+from sae_census.flows.census.compact import Compaction, compact
+from sae_census.flows.census.status import runs
+from sae_census.flows.census.verify import verify
+from sae_census.io.store.blobs import LocalBlobs
+from sae_census.io.store.zarr_files import Pack
+from sae_census.records import Node, Receipt
+from sae_census.steps.census import merger, shard, tree
 
 MakeToy = Callable[..., AnalyzeConfig]
 
@@ -118,7 +118,7 @@ def units_read(monkeypatch) -> Iterator[list[int]]:
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(reduction.tree, "units", watched)
+        patch.setattr(reduce.tree, "units", watched)
         yield sizes
 
 
@@ -341,7 +341,7 @@ def test_damaged_node_is_named_and_not_used(toy, plain, root, prune):
     assert f"{node.merged.key} is damaged" in named[0]
     assert len(named) == 1 + (len(node.shards) if prune else 0)
     if prune:
-        with pytest.raises(CorruptError, match="run jobs\\.analyze again"):
+        with pytest.raises(CorruptError, match="run sae-census analyze again"):
             compacted(root)
     heard: list[str] = []
     again = analyze(toy(root), heard.append)
@@ -365,7 +365,7 @@ def test_damaged_record_of_a_node_is_named_and_the_node_is_not_used(toy, plain, 
 def test_damaged_partial_is_not_merged(root, monkeypatch):
     path = root / min(receipt.partial.key for receipt in receipts_of(root).values())
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(Exception, match=f"{path.name} is damaged; run jobs.analyze again"):
+    with pytest.raises(Exception, match=f"{path.name} is damaged; run sae-census analyze again"):
         compacted(root, prune=True)
     assert path.exists()
 

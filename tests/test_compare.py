@@ -18,16 +18,16 @@ from scipy import stats
 from scipy.special import expit, logit
 from transformers import AutoModelForCausalLM
 
-from jobs import _main
-from jobs import compare as compare_job
-from pipeline.compute import drift
-from pipeline.compute import tests_of_difference as tests
-from pipeline.compute.stats import NUM_BINS
-from pipeline.compute.tests_of_difference import Products, Sums, Tokens
-from pipeline.config import AnalyzeConfig, CompareConfig
-from pipeline.errors import ConfigError, IdentityError, UserError
-from pipeline.flows.analyze import analyze
-from pipeline.flows.compare import Comparison, compare
+from sae_census.cli import command
+from sae_census.cli import compare as compare_job
+from sae_census.compute import comparison as tests
+from sae_census.compute.comparison import Products, Sums, Tokens
+from sae_census.compute.numbers import drift
+from sae_census.compute.numbers.stats import NUM_BINS
+from sae_census.config import AnalyzeConfig, CompareConfig
+from sae_census.errors import ConfigError, IdentityError, UserError
+from sae_census.flows.census.analyze import analyze
+from sae_census.flows.comparison.compare import Comparison, compare
 
 MakeConfig = Callable[..., AnalyzeConfig]
 Z = stats.norm.isf(0.025)
@@ -659,9 +659,9 @@ def test_the_job_prints_both_directions_with_spans_and_ends_in_two_for_a_mistake
 ):
     def run(*overrides: str) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["jobs.compare", f"out={tmp_path / 'out'}", *overrides])
+        monkeypatch.setattr(sys, "argv", ["sae-census compare", f"out={tmp_path / 'out'}", *overrides])
         with pytest.raises(SystemExit) as ended:
-            _main.main("compare", CompareConfig, compare_job.job)
+            command.main("compare", CompareConfig, compare_job.job)
         return int(ended.value.code or 0), *capsys.readouterr()
 
     world = (f"a.root={root}", f"b.root={root}", "a.name=world", "b.name=world")

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline.errors import SourceError
-from pipeline.io.corpus import BadRecord, Document, ReadSettings, Source, find_sources, read
+from sae_census.errors import SourceError
+from sae_census.io.text.corpus import BadRecord, Document, ReadSettings, Source, find_sources, read
 
 SETTINGS = ReadSettings(
     column="text", split="train", revision=None, streaming=False, txt_documents="line", max_record_bytes=1000

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.compute.sae import Relu, SparseAutoencoder
-from pipeline.config import AnalyzeConfig
-from pipeline.errors import CheckpointError
-from pipeline.flows.analyze import analyze
-from pipeline.io.checkpoints import LoadedSae
-from pipeline.steps import preflight
-from pipeline.steps.demands import Run, demands
-from pipeline.types import HookPoint, SiteKey, Stream
+from sae_census.compute.numbers.sae import Relu, SparseAutoencoder
+from sae_census.config import AnalyzeConfig
+from sae_census.errors import CheckpointError
+from sae_census.flows.census.analyze import analyze
+from sae_census.io.checkpoints import LoadedSae
+from sae_census.steps.census import preflight
+from sae_census.steps.model.demands import Run, demands
+from sae_census.types import HookPoint, SiteKey, Stream
 
 MakeConfig = Callable[..., AnalyzeConfig]
 CENTRED = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}

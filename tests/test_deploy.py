@@ -15,8 +15,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
-from jobs import _main
-from pipeline.config import AnalyzeConfig, SweepConfig
+from sae_census.cli import command
+from sae_census.config import AnalyzeConfig, SweepConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "scripts" / "deploy"
@@ -31,11 +31,11 @@ def read(name: str) -> dict[str, Any]:
 
 
 def analyze_config(overrides: list[str]) -> AnalyzeConfig:
-    """What `jobs.analyze` would run."""
+    """What `sae-census analyze` would run."""
     GlobalHydra.instance().clear()
     ConfigStore.instance().store(name="analyze_defaults", node=AnalyzeConfig().model_dump(mode="json"))
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return _main.validate(AnalyzeConfig, compose("analyze", overrides))
+        return command.validate(AnalyzeConfig, compose("analyze", overrides))
 
 
 def pod(spec: dict[str, Any], volumes: set[str]) -> None:
@@ -81,8 +81,8 @@ def test_the_rayjob_runs_an_analysis_that_waits_for_its_nodes() -> None:
     spec = read("rayjob.yaml")["spec"]
     known = {"entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "backoffLimit", "rayClusterSpec"}
     assert spec.keys() <= known  # of KubeRay's RayJobSpec
-    program, flag, job, *overrides = shlex.split(spec["entrypoint"])
-    assert (program, flag, job) == ("python", "-m", "jobs.analyze")
+    program, job, *overrides = shlex.split(spec["entrypoint"])
+    assert (program, job) == ("sae-census", "analyze")
     config = analyze_config(overrides)
     cluster = spec["rayClusterSpec"]
     assert cluster["rayVersion"] == __import__("ray").__version__
@@ -109,7 +109,7 @@ def test_the_cronjob_sweeps_once_at_a_time() -> None:
     assert work["restartPolicy"] == "Never"
     pod(work, {"data"})
     (sweep,) = work["containers"]
-    assert sweep["command"] == ["python", "-m", "jobs.sweep"]
+    assert sweep["command"] == ["sae-census", "sweep"]
     keys = {argument.partition("=")[0].split(".")[0] for argument in sweep["args"]}
     assert keys <= SweepConfig.model_fields.keys()
 
@@ -123,7 +123,7 @@ def test_the_runtime_env_leaves_data_out_and_takes_all_code() -> None:
     for path in ("runs/a.json", ".venv/bin/python", ".git/HEAD", "my/corpus.jsonl", "x.parquet", "a/p.zarr.zip"):
         assert out.match_file(path), path
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    needed = [path for path in tracked if path.startswith(("pipeline/", "jobs/", "conf/"))]
+    needed = [path for path in tracked if path.startswith(("pipeline/", "conf/"))]
     assert len(needed) > 50
     assert not list(out.match_files(needed))
 
@@ -148,10 +148,8 @@ def test_the_image_copies_what_setup_needs_and_runs_it_as_a_common_user(tmp_path
     wanted = set(re.findall(r"[\w./-]+", re.findall(r"state=\$\(cat ([^|]*)", (ROOT / "scripts/setup").read_text())[0]))
     assert wanted <= copied
     project = (ROOT / "pyproject.toml").read_text()
-    packages = re.search(r"\npackages = \[(.*?)\]", project, re.S)
-    assert packages is not None
-    tops = {name.split(".")[0] for name in re.findall(r'"([\w.]+)"', packages[1])} - {"sae_discover"}
-    assert tops <= copied  # sae_discover lies in jobs/
+    assert 'where = ["pipeline"]' in project
+    assert {"pipeline", "conf"} <= copied  # the package links to conf/
     assert "\ncluster = [" in project
 
 
@@ -180,8 +178,8 @@ def test_the_slurm_script_starts_ray_on_every_node_and_the_job_on_the_first(
     assert ray[1:3] == [".venv/bin/ray", "symmetric-run"]
     options = dict(zip(ray[3::2], ray[4::2]))
     assert options == {"--address": "node07:24567", "--min-nodes": "3", "--num-cpus": "8", "--num-gpus": gpus or "0"}
-    assert job[:3] == [".venv/bin/python", "-m", "jobs.analyze"]
-    config = analyze_config([word.replace("/shared/my runs", "/shared/my\\ runs") for word in job[3:]])
+    assert job[:2] == [".venv/bin/sae-census", "analyze"]
+    config = analyze_config([word.replace("/shared/my runs", "/shared/my\\ runs") for word in job[2:]])
     assert config.cluster.workers == workers
     assert (config.cluster.executor, config.cluster.address) == ("ray", "auto")
 

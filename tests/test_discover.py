@@ -30,21 +30,21 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline.compute import stats as statistics
-from pipeline.compute.stats import FeatureStats
-from pipeline.config import DiscoverRequest, DiscoveryConfig, SaeConfig
-from pipeline.errors import ConfigError, CorruptError, DeadlineError, RequestError, ShardError, SourceError
-from pipeline.findings import Discovery, FoundFeature
-from pipeline.flows.analyze import analyze
-from pipeline.flows.catalog import Catalog
-from pipeline.flows.discover import open_discoverer
-from pipeline.flows.rank_drift import RankDrift, rank_drift
-from pipeline.io import generation
-from pipeline.io.generation import Patience
-from pipeline.io.memo import ArrayCache
-from pipeline.io.model import LanguageModel
-from pipeline.steps.discoverer import Discoverer
-from pipeline.steps.sae_map import saes_named
+from sae_census.compute.numbers import stats as statistics
+from sae_census.compute.numbers.stats import FeatureStats
+from sae_census.config import DiscoverRequest, DiscoveryConfig, SaeConfig
+from sae_census.errors import ConfigError, CorruptError, DeadlineError, RequestError, ShardError, SourceError
+from sae_census.findings import Discovery, FoundFeature
+from sae_census.flows.catalog.reader import Catalog
+from sae_census.flows.census.analyze import analyze
+from sae_census.flows.discovery.discover import open_discoverer
+from sae_census.flows.discovery.rank_drift import RankDrift, rank_drift
+from sae_census.io.model import generation
+from sae_census.io.model.generation import Patience
+from sae_census.io.model.language_model import LanguageModel
+from sae_census.io.store.memo import ArrayCache
+from sae_census.steps.discovery.discoverer import Discoverer
+from sae_census.steps.model.sae_map import saes_named
 
 TEXT = 'river water stone 🙂 café, def return value "list"\nfor index mother Zürich 日本 2024'
 SITES = (("blocks.0.hook_resid_post", "early"), ("blocks.1.hook_resid_post", "late"))
@@ -1046,7 +1046,7 @@ def test_a_cache_that_was_emptied_by_another_process_goes_on(tmp_path):
 WRITER = """
 import sys, numpy as np
 from pathlib import Path
-from pipeline.io.memo import ArrayCache
+from sae_census.io.store.memo import ArrayCache
 cache = ArrayCache(Path(sys.argv[1]), 60_000)
 for number in range(300):
     cache.put(number % 40, {"x": np.full(200, number % 40)})

@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import discover as job
-from pipeline.findings import Discovery
-from pipeline.flows import discover as flow
+from sae_census.cli import discover as job
+from sae_census.findings import Discovery
+from sae_census.flows.discovery import discover as flow
 
 REPOSITORY = Path(__file__).parent.parent
 CSV_COLUMNS = [

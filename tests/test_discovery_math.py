@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.compute import discovery
-from pipeline.compute.codes import Codes, sorted_codes
-from pipeline.compute.stats import QUANTILE_ERROR, FeatureStats, quantile
+from sae_census.compute import discovery
+from sae_census.compute.numbers.codes import Codes, sorted_codes
+from sae_census.compute.numbers.stats import QUANTILE_ERROR, FeatureStats, quantile
 
 T, F = 24, 11
 ERROR = QUANTILE_ERROR + 1e-12

@@ -16,19 +16,19 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import pipeline
-from pipeline.compute import subsamples
-from pipeline.compute.codes import Codes
-from pipeline.compute.cross_layer import Crosscoder, CrossLayerTranscoder
-from pipeline.compute.dense import sparse_codes
-from pipeline.compute.sae import JumpRelu, Relu, SparseAutoencoder, TopK
-from pipeline.compute.stats import QUANTILE_ERROR
-from pipeline.compute.subsamples import Context, Gatherer
-from pipeline.config import FeatureAnalyzerConfig
-from pipeline.errors import ConfigError, ShardError
-from pipeline.flows import post_analysis
-from pipeline.flows.feature_analyzer import FeatureAnalyzer
-from pipeline.io.checkpoints import load_sae
+import sae_census
+from sae_census.compute.notebook import subsamples
+from sae_census.compute.notebook.cross_layer import Crosscoder, CrossLayerTranscoder
+from sae_census.compute.notebook.dense import sparse_codes
+from sae_census.compute.notebook.subsamples import Context, Gatherer
+from sae_census.compute.numbers.codes import Codes
+from sae_census.compute.numbers.sae import JumpRelu, Relu, SparseAutoencoder, TopK
+from sae_census.compute.numbers.stats import QUANTILE_ERROR
+from sae_census.config import FeatureAnalyzerConfig
+from sae_census.errors import ConfigError, ShardError
+from sae_census.flows.notebook import post_analysis
+from sae_census.flows.notebook.feature_analyzer import FeatureAnalyzer
+from sae_census.io.checkpoints import load_sae
 
 Results = list[dict[str, Any]]
 
@@ -255,7 +255,7 @@ def test_equal_scores_are_ordered_by_shard_context_and_then_whatever_else_tells_
 def test_the_config_has_the_documented_fields_and_defaults() -> None:
     with pytest.raises(ValidationError, match="total_analyzing_tokens"):
         FeatureAnalyzerConfig()  # type: ignore[call-arg]
-    default = pipeline.FeatureAnalyzerConfig(total_analyzing_tokens=5)
+    default = sae_census.FeatureAnalyzerConfig(total_analyzing_tokens=5)
     assert (default.ignore_token_ids, default.clt_layer) == (None, None)
     assert default.subsamples == {
         "top_activations": {"proportion": 1.0, "n_samples": 10},

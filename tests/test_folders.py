@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from jobs.plan import describe
-from pipeline.config import AnalyzeConfig
-from pipeline.errors import SourceError
-from pipeline.flows.analyze import analyze
-from pipeline.flows.plan import make_plan
-from pipeline.io.corpus import Document, Found, ReadSettings, find_sources, read
-from pipeline.io.folders import is_dataset
+from sae_census.cli.plan import describe
+from sae_census.config import AnalyzeConfig
+from sae_census.errors import SourceError
+from sae_census.flows.census.analyze import analyze
+from sae_census.flows.census.plan import make_plan
+from sae_census.io.text.corpus import Document, Found, ReadSettings, find_sources, read
+from sae_census.io.text.folders import is_dataset
 
 SETTINGS = ReadSettings(
     column="text", split="train", revision=None, streaming=False, txt_documents="file", max_record_bytes=1000

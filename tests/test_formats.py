@@ -36,10 +36,10 @@ from tiny_checkpoints import (
     sparsify,
 )
 
-from pipeline.compute.edits import Edit, edit
-from pipeline.compute.sae import TopK
-from pipeline.errors import CheckpointError
-from pipeline.io.checkpoints import LoadedSae, load_sae
+from sae_census.compute.effects.edits import Edit, edit
+from sae_census.compute.numbers.sae import TopK
+from sae_census.errors import CheckpointError
+from sae_census.io.checkpoints import LoadedSae, load_sae
 
 B, T = 3, 5
 Arrays = dict[str, np.ndarray]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from gguf import GGUFWriter, RopeScalingType, TokenType
 
-from pipeline.errors import CheckpointError
-from pipeline.io.model import LanguageModel, model_facts
+from sae_census.errors import CheckpointError
+from sae_census.io.model.language_model import LanguageModel, model_facts
 
 WIDTH, ROWS, INNER = 32, 64, 48
 Arrays = dict[str, np.ndarray]

@@ -12,11 +12,11 @@ from made_tokenizers import LINES, byte_level, metaspace_bpe, save, sentencepiec
 from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 
-from pipeline.errors import CheckpointError
-from pipeline.io.gguf_rules import PRE_RULES
-from pipeline.io.pretrained import resolve
-from pipeline.io.pretrained import tokenizer_of_gguf as read
-from pipeline.io.tokenizer import Tokenizer
+from sae_census.errors import CheckpointError
+from sae_census.io.loading.gguf_rules import PRE_RULES
+from sae_census.io.loading.pretrained import resolve
+from sae_census.io.loading.pretrained import tokenizer_of_gguf as read
+from sae_census.io.tokens.tokenizer import Tokenizer
 
 TEXTS = [
     *LINES,

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from pipeline.errors import ConfigError
-from pipeline.io.hooks import FAMILIES, Captures, find_blocks, taps_of
-from pipeline.types import STREAMS, HookPoint, Stream
+from sae_census.errors import ConfigError
+from sae_census.io.model.hooks import FAMILIES, Captures, find_blocks, taps_of
+from sae_census.types import STREAMS, HookPoint, Stream
 
 NUM_LAYERS = 2
 TINY = {

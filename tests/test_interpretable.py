@@ -14,13 +14,13 @@ from test_hooks import LAYOUTS, NUM_LAYERS, TINY, Tiny, build, num_hooks
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
-from pipeline.compute.edits import Edit
-from pipeline.compute.sae import JumpRelu, SparseAutoencoder, TopK
-from pipeline.errors import ArgumentError
-from pipeline.flows.interpretable import InterpretableModel
-from pipeline.io.hooks import Captures, layout_of
-from pipeline.io.interventions import Interventions
-from pipeline.types import HookPoint
+from sae_census.compute.effects.edits import Edit
+from sae_census.compute.numbers.sae import JumpRelu, SparseAutoencoder, TopK
+from sae_census.errors import ArgumentError
+from sae_census.flows.effects.interpretable import InterpretableModel
+from sae_census.io.model.hooks import Captures, layout_of
+from sae_census.io.model.interventions import Interventions
+from sae_census.types import HookPoint
 
 D, F = int(TINY["hidden_size"]), 40
 PRE, MID, POST = (f"blocks.1.hook_resid_{where}" for where in ("pre", "mid", "post"))

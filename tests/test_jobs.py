@@ -5,15 +5,17 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from jobs import _main, analyze, plan, verify
-from pipeline.config import AnalyzeConfig, VerifyConfig
-from pipeline.flows.catalog import Catalog
-from pipeline.records import Receipt
+from sae_census import cli
+from sae_census.cli import analyze, command, plan, verify
+from sae_census.config import AnalyzeConfig, VerifyConfig
+from sae_census.flows.catalog.reader import Catalog
+from sae_census.records import Receipt
 
 # Hydra leaves the handling of its log files to the garbage collector
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -33,10 +35,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     def call(job: str, *overrides: str) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [f"jobs.{job}", *overrides])
+        monkeypatch.setattr(sys, "argv", [f"sae-census {job}", *overrides])
         model, work = JOBS[job]
         with pytest.raises(SystemExit) as exit_info:
-            _main.main("verify" if job == "verify" else "analyze", model, work)  # type: ignore[arg-type]
+            command.main("verify" if job == "verify" else "analyze", model, work)  # type: ignore[arg-type]
         out, err = capsys.readouterr()
         return int(exit_info.value.code or 0), out, err
 
@@ -58,21 +60,41 @@ def base(model_dir: Path, sae_dirs: dict[str, Path], corpus_dir: Path, tmp_path:
     ]
 
 
-HYDRA_JOBS = sorted(path.stem for path in Path(_main.__file__).parent.glob("[a-z]*.py") if path.stem != "discover")
-
-
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
-@pytest.mark.parametrize("name", HYDRA_JOBS)
+@pytest.mark.parametrize("name", cli.JOBS)
+@pytest.mark.parametrize("door", ["command", "checkout"])
 def test_every_job_starts_and_explains_its_keys(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, door: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     GlobalHydra.instance().clear()
-    monkeypatch.setattr(sys, "argv", [f"jobs.{name}", "--help"])
+    monkeypatch.setattr(sys, "argv", ["sae-census", name, "--help"] if door == "command" else ["door", "--help"])
+    start = cli.main if door == "command" else partial(runpy.run_module, f"jobs.{name}", run_name="__main__")
     with pytest.raises(SystemExit) as left:
-        runpy.run_module(f"jobs.{name}", run_name="__main__")
+        start()
     assert left.value.code in (0, None)
     out = capsys.readouterr().out
-    assert "store:" in out or "out:" in out
+    assert "store:" in out or "out:" in out or "--out" in out
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"]])
+def test_the_bare_command_lists_every_job_with_a_line(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sae-census", *argv])
+    runpy.run_module("jobs", run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == list(cli.JOBS)
+    assert all(len(line.split()) > 3 for line in lines[2:])
+
+
+def test_a_job_that_is_none_is_one_line_with_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sae-census", "analyse"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: 'analyse' is no job; did you mean analyze?\n"
 
 
 def test_a_catalog_is_made_planned_verified_and_left_alone_when_nothing_changed(
@@ -127,8 +149,8 @@ def test_verify_names_every_damaged_file_and_the_next_run_mends_the_partial(
 def test_failed_shards_are_listed_the_rest_is_safe_and_the_exit_code_says_so(
     run: Run, base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.errors import ShardError
-    from pipeline.steps.shard import Analyzer, ShardTask
+    from sae_census.errors import ShardError
+    from sae_census.steps.census.shard import Analyzer, ShardTask
 
     honest = Analyzer.run
     refused: list[str] = []

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from pipeline.compute import labels
-from pipeline.compute import words as rules
-from pipeline.compute.labels import MAX_CHARACTERS, START, normal_form, proto_label, visible
-from pipeline.compute.words import MIN_COUNT, MIN_Z, NEAR, PLACES, PRIOR, Place, SpanTokens, over_represented
-from pipeline.config import AnalyzeConfig
-from pipeline.flows.analyze import analyze
-from pipeline.flows.catalog import Catalog
+from sae_census.compute.census import labels
+from sae_census.compute.census import words as rules
+from sae_census.compute.census.labels import MAX_CHARACTERS, START, normal_form, proto_label, visible
+from sae_census.compute.census.words import MIN_COUNT, MIN_Z, NEAR, PLACES, PRIOR, Place, SpanTokens, over_represented
+from sae_census.config import AnalyzeConfig
+from sae_census.flows.catalog.reader import Catalog
+from sae_census.flows.census.analyze import analyze
 
 SITES = (("blocks.0.hook_resid_post", "early"), ("blocks.1.hook_resid_post", "late"))
 EASY_Z = 0.5

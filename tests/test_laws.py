@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from conftest import write_corpus
 
-from pipeline.compute.census import SiteCensus
-from pipeline.config import AnalyzeConfig
-from pipeline.errors import IdentityError
-from pipeline.flows.analyze import Analysis, analyze
-from pipeline.io.blobs import LocalBlobs
-from pipeline.records import unsealed
-from pipeline.steps import ranges, shard
+from sae_census.compute.census.census import SiteCensus
+from sae_census.config import AnalyzeConfig
+from sae_census.errors import IdentityError
+from sae_census.flows.census.analyze import Analysis, analyze
+from sae_census.io.store.blobs import LocalBlobs
+from sae_census.records import unsealed
+from sae_census.steps.census import ranges, shard
 
 MakeToy = Callable[..., AnalyzeConfig]
 SITES = (("blocks.0.hook_resid_post", "early"), ("blocks.1.hook_resid_post", "late"))

@@ -16,16 +16,23 @@ from test_trace import close, exact
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from pipeline import LanguageModel, analyze_linearized_feature, load_sae, make_token_df, save_linearized, trace_feature
-from pipeline.compute import tangent
-from pipeline.compute.sae import Relu, SparseAutoencoder
-from pipeline.errors import CheckpointError, ConfigError
-from pipeline.flows.linearized import READ_OUTS
-from pipeline.flows.token_tables import linearized_tables
-from pipeline.io import tables
-from pipeline.io.checkpoints import LoadedSae
-from pipeline.io.paths import Paths
-from pipeline.types import HookPoint
+from sae_census import (
+    LanguageModel,
+    analyze_linearized_feature,
+    load_sae,
+    make_token_df,
+    save_linearized,
+    trace_feature,
+)
+from sae_census.compute.effects import tangent
+from sae_census.compute.numbers.sae import Relu, SparseAutoencoder
+from sae_census.errors import CheckpointError, ConfigError
+from sae_census.flows.effects.linearized import READ_OUTS
+from sae_census.flows.effects.token_tables import linearized_tables
+from sae_census.io.checkpoints import LoadedSae
+from sae_census.io.model.paths import Paths
+from sae_census.io.store import tables
+from sae_census.types import HookPoint
 
 WIDTH, MLP, HEADS, VOCABULARY, T = 24, 40, 3, 300, 12
 FEATURE, SAMPLE, TOKEN, BATCH = 7, 2, 5, 4

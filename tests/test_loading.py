@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from test_hooks import LAYOUTS, TINY
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.errors import CheckpointError, ConfigError
-from pipeline.io.checkpoints import load_sae
-from pipeline.io.model import LanguageModel
-from pipeline.io.pretrained import resolve
+from sae_census.errors import CheckpointError, ConfigError
+from sae_census.io.checkpoints import load_sae
+from sae_census.io.loading.pretrained import resolve
+from sae_census.io.model.language_model import LanguageModel
 
 Tensors = dict[str, torch.Tensor]
 CPU = torch.device("cpu")

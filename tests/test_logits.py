@@ -20,22 +20,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
-from jobs import _main
-from jobs import attribute as attribute_job
-from pipeline import Catalog, DirectLogitAttributor, DirectLogitAttributorConfig, LanguageModel, load_sae
-from pipeline.compute.logits import DEFINITIONS, FinalNorm, LogitEffects, Unembedding, logit_effects
-from pipeline.config import AttributeConfig, LogitsConfig, VerifyConfig
-from pipeline.errors import CheckpointError, ConfigError, CorruptError, IdentityError
-from pipeline.flows.analyze import analyze
-from pipeline.flows.attribute import attribute
-from pipeline.flows.verify import verify
-from pipeline.io import tables
-from pipeline.io.hooks import FAMILIES, find_blocks, taps_of
-from pipeline.io.unembedding import FINAL_NORMS, read_unembedding, read_writing
-from pipeline.steps.logits import LogitSettings, LogitWorker, top_tokens
-from pipeline.steps.partial import RangeTask
-from pipeline.steps.parts import Provenance
-from pipeline.types import HookPoint, SiteKey
+from sae_census import Catalog, DirectLogitAttributor, DirectLogitAttributorConfig, LanguageModel, load_sae
+from sae_census.cli import attribute as attribute_job
+from sae_census.cli import command
+from sae_census.compute.numbers.logits import DEFINITIONS, FinalNorm, LogitEffects, Unembedding, logit_effects
+from sae_census.config import AttributeConfig, LogitsConfig, VerifyConfig
+from sae_census.errors import CheckpointError, ConfigError, CorruptError, IdentityError
+from sae_census.flows.catalog.attribute import attribute
+from sae_census.flows.census.analyze import analyze
+from sae_census.flows.census.verify import verify
+from sae_census.io.model.hooks import FAMILIES, find_blocks, taps_of
+from sae_census.io.model.unembedding import FINAL_NORMS, read_unembedding, read_writing
+from sae_census.io.store import tables
+from sae_census.steps.census.logits import LogitSettings, LogitWorker, top_tokens
+from sae_census.steps.census.partial import RangeTask
+from sae_census.steps.model.parts import Provenance
+from sae_census.types import HookPoint, SiteKey
 
 D, V = 16, 64
 MODES = ("direction", "ln_final")
@@ -503,7 +503,7 @@ def test_attributing_a_catalog_gives_the_snapshot_of_an_analysis_that_asked_for_
 ):
     plain = copied
     assert plain.digest != catalog.digest
-    with pytest.raises(ConfigError, match=r"^snapshot 1 of catalog 'default' has no logits; run jobs\.attribute"):
+    with pytest.raises(ConfigError, match=r"^snapshot 1 of catalog 'default' has no logits; run sae-census attribute"):
         plain.logits("blocks.1.hook_resid_post", "late", 0)
     first = attribute(attribute_config(plain), quietly)
     attributed = Catalog(tmp_path)
@@ -532,9 +532,11 @@ def test_other_saes_than_the_catalogs_are_refused(catalog, sae_dirs):
 
 def test_a_catalog_never_grants_trust(catalog, monkeypatch):
     monkeypatch.setitem(catalog.manifest["config"]["model"], "trust_remote_code", True)
-    monkeypatch.setattr("pipeline.flows.attribute.Catalog", lambda *_: catalog)
+    monkeypatch.setattr("sae_census.flows.catalog.attribute.Catalog", lambda *_: catalog)
     seen = []
-    monkeypatch.setattr("pipeline.flows.attribute.facts_of", lambda model: seen.append(model.trust_remote_code))
+    monkeypatch.setattr(
+        "sae_census.flows.catalog.attribute.facts_of", lambda model: seen.append(model.trust_remote_code)
+    )
     with pytest.raises(AttributeError):
         attribute(attribute_config(catalog), quietly)
     assert seen == [False]
@@ -545,7 +547,7 @@ def test_a_damaged_snapshot_is_not_carried_on(copied, tmp_path):
     body = bytearray(spans.read_bytes())
     body[len(body) // 2] ^= 1
     spans.write_bytes(body)
-    with pytest.raises(CorruptError, match=r"spans\.parquet is damaged: run jobs\.analyze again"):
+    with pytest.raises(CorruptError, match=r"spans\.parquet is damaged: run sae-census analyze again"):
         attribute(attribute_config(copied), quietly)
     assert Catalog(tmp_path).number == 1
 
@@ -578,9 +580,9 @@ def run(monkeypatch, capsys, tmp_path, model_dir, sae_dirs) -> Iterator[Run]:
     def call(*overrides: str) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["jobs.attribute", *base, *overrides])
+        monkeypatch.setattr(sys, "argv", ["sae-census attribute", *base, *overrides])
         with pytest.raises(SystemExit) as exit_info:
-            _main.main("attribute", AttributeConfig, attribute_job.job)
+            command.main("attribute", AttributeConfig, attribute_job.job)
         out, err = capsys.readouterr()
         return int(exit_info.value.code or 0), out, err
 

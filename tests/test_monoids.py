@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.compute import fixed
-from pipeline.compute import stats as statistics
-from pipeline.compute.census import SiteCensus
-from pipeline.compute.codes import Codes, concatenate, empty, sorted_codes
-from pipeline.compute.documents import DocumentCensus, DocumentStats, document_grid
-from pipeline.compute.keys import firing_keys, silent_keys
-from pipeline.compute.samples import Entries, Kept, Samples, SampleSizes
-from pipeline.compute.stats import NUM_BINS, QUANTILE_ERROR, FeatureStats
-from pipeline.errors import ShardError
+from sae_census.compute.census.census import SiteCensus
+from sae_census.compute.numbers import fixed
+from sae_census.compute.numbers import stats as statistics
+from sae_census.compute.numbers.codes import Codes, concatenate, empty, sorted_codes
+from sae_census.compute.numbers.documents import DocumentCensus, DocumentStats, document_grid
+from sae_census.compute.numbers.keys import firing_keys, silent_keys
+from sae_census.compute.numbers.samples import Entries, Kept, Samples, SampleSizes
+from sae_census.compute.numbers.stats import NUM_BINS, QUANTILE_ERROR, FeatureStats
+from sae_census.errors import ShardError
 
 F, ROWS, T = 5, 12, 4
 PARTS = 4

@@ -12,20 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.config import AnalyzeConfig, AttributeConfig, SaeConfig, SnapshotsConfig, SweepConfig, VerifyConfig
-from pipeline.errors import ConfigError
-from pipeline.flows.analyze import analyze
-from pipeline.flows.catalog import Catalog, catalog_names
-from pipeline.flows.identity import identify
-from pipeline.flows.plan import make_plan
-from pipeline.flows.snapshots import snapshots
-from pipeline.flows.verify import verify
-from pipeline.io.blobs import LocalBlobs
-from pipeline.steps import claims, entries
-from pipeline.steps.background import snapshot_folder
-from pipeline.steps.ledger import Ledger, SweepRun
-from pipeline.steps.reader import load_saes
-from pipeline.types import HookPoint, SiteKey, twins, wrong_with_name
+from sae_census.config import AnalyzeConfig, AttributeConfig, SaeConfig, SnapshotsConfig, SweepConfig, VerifyConfig
+from sae_census.errors import ConfigError
+from sae_census.flows.catalog.reader import Catalog, catalog_names
+from sae_census.flows.census.analyze import analyze
+from sae_census.flows.census.identity import identify
+from sae_census.flows.census.plan import make_plan
+from sae_census.flows.census.snapshots import snapshots
+from sae_census.flows.census.verify import verify
+from sae_census.io.store.blobs import LocalBlobs
+from sae_census.steps.census import claims
+from sae_census.steps.discovery.background import snapshot_folder
+from sae_census.steps.model.reader import load_saes
+from sae_census.steps.store import entries
+from sae_census.steps.store.ledger import Ledger, SweepRun
+from sae_census.types import HookPoint, SiteKey, twins, wrong_with_name
 
 BAD = [
     "", ".", "..", "a/b", "/a", "a\\b", ".a", "-a", "_a", "a b", " a", "a\n", "a\0", "Zürich", "日本", "x" * 201, "a:b",

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from test_nodes import gated, last_run
 
-from pipeline.config import AnalyzeConfig, ClusterConfig
-from pipeline.flows import filling as flow
-from pipeline.flows.analyze import analyze
-from pipeline.flows.catalog import Catalog
+from sae_census.config import AnalyzeConfig, ClusterConfig
+from sae_census.flows.catalog.reader import Catalog
+from sae_census.flows.census import fill as flow
+from sae_census.flows.census.analyze import analyze
 
 pytestmark = pytest.mark.ray
 HEAD, OTHER, PORT = "10.213.7.1", "10.213.7.2", 6399

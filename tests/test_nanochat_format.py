@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import pipeline
-from pipeline.compute.edits import Edit, edit
-from pipeline.compute.sae import CodeUnit, Gate, Gated, JumpRelu, Relu, SparseAutoencoder, TopK
-from pipeline.errors import ArgumentError, CheckpointError
-from pipeline.io.checkpoints import load_sae
-from pipeline.io.checkpoints.nanochat import canonical, load_saes, save_sae
+import sae_census
+from sae_census.compute.effects.edits import Edit, edit
+from sae_census.compute.numbers.sae import CodeUnit, Gate, Gated, JumpRelu, Relu, SparseAutoencoder, TopK
+from sae_census.errors import ArgumentError, CheckpointError
+from sae_census.io.checkpoints import load_sae
+from sae_census.io.checkpoints.nanochat import canonical, load_saes, save_sae
 
 D, F, K = 12, 40, 5
 HOOK = "blocks.3.hook_resid_post"
@@ -198,7 +198,7 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path: Path) -> None:
 def test_the_best_model_wins_then_the_highest_step_and_what_was_taken_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "pipeline")
+    caplog.set_level(logging.INFO, "sae_census")
     write(tmp_path / "a" / "checkpoint_step900.pt", seed=1)
     write(tmp_path / "a" / "checkpoint_step1000.pt", seed=2)
     write(tmp_path / "a" / "notes.pt", seed=9)
@@ -404,5 +404,5 @@ def test_missing_directories_and_foreign_files_are_refused(tmp_path: Path) -> No
 
 
 def test_the_package_offers_both_functions() -> None:
-    assert pipeline.load_saes is load_saes
-    assert pipeline.save_sae is save_sae
+    assert sae_census.load_saes is load_saes
+    assert sae_census.save_sae is save_sae

@@ -16,14 +16,14 @@ from pydantic import ValidationError
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-from pipeline.config import ClusterConfig
-from pipeline.errors import ConfigError, NumericsError
-from pipeline.flows.analyze import analyze
-from pipeline.flows.status import RunStatus, runs
-from pipeline.io.blobs import LocalBlobs
-from pipeline.steps import progress
-from pipeline.steps.cluster import connected, run_tasks
-from pipeline.steps.session import AnalysisSession
+from sae_census.config import ClusterConfig
+from sae_census.errors import ConfigError, NumericsError
+from sae_census.flows.census.analyze import analyze
+from sae_census.flows.census.status import RunStatus, runs
+from sae_census.io.store.blobs import LocalBlobs
+from sae_census.steps.census.session import AnalysisSession
+from sae_census.steps.cluster import connected, run_tasks
+from sae_census.steps.store import progress
 
 pytestmark = [
     pytest.mark.ray,
@@ -119,8 +119,8 @@ def test_every_form_of_address_reaches_the_cluster(form: str, cluster: Cluster, 
 
 CLIENT = """
 import sys
-from pipeline.config import ClusterConfig
-from pipeline.steps.cluster import run_tasks
+from sae_census.config import ClusterConfig
+from sae_census.steps.cluster import run_tasks
 from test_nodes import toy
 settings = ClusterConfig(executor="ray", workers=1, threads_per_worker=1, address=sys.argv[1])
 print(sorted(outcome.result for outcome in run_tasks(toy(lambda task: None), range(4), settings)))
@@ -142,7 +142,7 @@ def test_a_run_outlives_a_node_uses_one_that_joins_and_gives_the_catalog_of_one_
 ) -> None:
     whole = analyze(analyze_config(tmp_path / "inline"), lambda line: None).catalog.digest
     monkeypatch.setattr(progress, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr("pipeline.flows.filling.AnalysisSession", gated(tmp_path / "gate"))
+    monkeypatch.setattr("sae_census.flows.census.fill.AnalysisSession", gated(tmp_path / "gate"))
     root = tmp_path / "nodes"
     config = analyze_config(root, cluster=settings(cluster).model_dump() | {"workers": 4})  # one waits for a node
     with connected(config.cluster), ThreadPoolExecutor(1) as pool:  # nodes can be added in the main thread only
@@ -173,7 +173,7 @@ def test_a_run_that_began_on_two_nodes_ends_on_the_one_that_is_left(
     cluster: Cluster, analyze_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = analyze(analyze_config(tmp_path / "inline"), lambda line: None).catalog.digest
-    monkeypatch.setattr("pipeline.flows.filling.AnalysisSession", gated(tmp_path / "gate"))
+    monkeypatch.setattr("sae_census.flows.census.fill.AnalysisSession", gated(tmp_path / "gate"))
     gone, left = (add(cluster, resources={"pair": 1}) for _ in range(2))
     root = tmp_path / "pair"
     on_the_pair = {"executor": "ray", "threads_per_worker": 1, "address": cluster.address}
@@ -304,8 +304,8 @@ def test_a_worker_waits_for_a_node_that_is_still_to_come_if_told_to(cluster: Clu
 
 METERED = """
 import sys
-from pipeline.config import ClusterConfig
-from pipeline.steps.cluster import run_tasks
+from sae_census.config import ClusterConfig
+from sae_census.steps.cluster import run_tasks
 from test_nodes import fail_at_three, toy
 settings = ClusterConfig(executor="ray", workers=2, threads_per_worker=1, address=sys.argv[1])
 list(run_tasks(toy(fail_at_three), range(5), settings, describe=lambda task: {"tokens": 10}, stage="toy"))

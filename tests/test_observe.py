@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import pipeline
-from pipeline.compute.codes import Codes
-from pipeline.compute.prompts import strongest_features
-from pipeline.compute.sae import TopK
-from pipeline.errors import ConfigError
-from pipeline.flows import observe
-from pipeline.flows.observe import (
+import sae_census
+from sae_census.compute.notebook.prompts import strongest_features
+from sae_census.compute.numbers.codes import Codes
+from sae_census.compute.numbers.sae import TopK
+from sae_census.errors import ConfigError
+from sae_census.flows.notebook import observe
+from sae_census.flows.notebook.observe import (
     FeatureRanking,
     SetSums,
     capture_residual,
@@ -36,7 +36,7 @@ from pipeline.flows.observe import (
     scan_prompts_for_feature,
     top_features_for_prompt,
 )
-from pipeline.io.checkpoints import LoadedSae, load_sae
+from sae_census.io.checkpoints import LoadedSae, load_sae
 
 LAYER, WIDTH, F, K = 1, 32, 60, 45
 PROMPTS = [
@@ -146,7 +146,7 @@ def test_a_half_precision_model_meets_a_float32_sae(model_dir, tokenizer, sae, w
 
 
 def test_an_sae_of_another_stream_reads_its_own_stream(model, tokenizer, sae):
-    other = replace(sae, hook_point=pipeline.HookPoint(LAYER, "mlp_out"))
+    other = replace(sae, hook_point=sae_census.HookPoint(LAYER, "mlp_out"))
     seen = observe_prompts(model, tokenizer, other, PROMPTS, LAYER)
     assert seen.hook_point == f"blocks.{LAYER}.hook_mlp_out"
     bucket = {}
@@ -269,22 +269,22 @@ def test_a_layer_that_is_not_there_is_refused(layer, model, tokenizer, sae):
 
 def what_steers(graph: grimp.ImportGraph) -> set[str]:
     """Modules reachable from the observation flow that could change an activation."""
-    reached = graph.find_upstream_modules("pipeline.flows.observe")
+    reached = graph.find_upstream_modules("sae_census.flows.notebook.observe")
     return {name for name in reached if re.search(r"steer|edit|interven|patch", name)}
 
 
 def test_nothing_that_steers_can_be_reached_by_imports():
-    graph = grimp.build_graph("pipeline")
-    assert "pipeline.io.hooks" in graph.find_upstream_modules("pipeline.flows.observe")
+    graph = grimp.build_graph("sae_census")
+    assert "sae_census.io.model.hooks" in graph.find_upstream_modules("sae_census.flows.notebook.observe")
     assert what_steers(graph) == set()
-    graph.add_import(importer="pipeline.io.hooks", imported="pipeline.flows.steer")
-    assert "pipeline.flows.steer" in what_steers(graph)
+    graph.add_import(importer="sae_census.io.model.hooks", imported="sae_census.flows.effects.steer")
+    assert "sae_census.flows.effects.steer" in what_steers(graph)
 
 
 def test_observing_needs_neither_transformers_nor_what_steers():
-    code = "import sys, pipeline.flows.observe; print(*sys.modules)"
+    code = "import sys, sae_census.flows.notebook.observe; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "pipeline.io.hooks" in loaded
+    assert "sae_census.io.model.hooks" in loaded
     assert not [name for name in loaded if name.split(".")[-1] in ("transformers", "steer", "edits", "ray")]
 
 
@@ -547,7 +547,7 @@ def test_an_effect_size_is_printed_under_its_own_name():
 
 
 def test_the_flow_of_the_document_runs_on_a_checkpoint_of_its_format(model, tokenizer, sae):
-    from pipeline import (
+    from sae_census import (
         differential_features,
         encode_prompts,
         fire_rate,
@@ -571,5 +571,5 @@ def test_the_flow_of_the_document_runs_on_a_checkpoint_of_its_format(model, toke
 
 def test_every_name_can_be_imported_from_the_package():
     for name in observe.__all__:
-        assert getattr(pipeline, name) is getattr(observe, name)
-        assert name in pipeline.__all__
+        assert getattr(sae_census, name) is getattr(observe, name)
+        assert name in sae_census.__all__

@@ -11,23 +11,23 @@ import pytest
 from conftest import write_corpus
 from data.make_old_store import make_config
 
-from pipeline.config import AttributeConfig, ReportConfig, SideConfig, VerifyConfig
-from pipeline.errors import CorruptError, IdentityError
-from pipeline.flows.analyze import Analysis, analyze
-from pipeline.flows.attribute import attribute
-from pipeline.flows.catalog import Catalog
-from pipeline.flows.compact import compact
-from pipeline.flows.identity import identify
-from pipeline.flows.plan import make_plan
-from pipeline.flows.report import write_report
-from pipeline.flows.sides import Side
-from pipeline.flows.snapshots import snapshots
-from pipeline.flows.verify import Verdict, verify
-from pipeline.io.blobs import LocalBlobs
-from pipeline.records import ShardRecord, sealed, unsealed
-from pipeline.steps import claims, plan
-from pipeline.steps.background import load_backgrounds
-from pipeline.steps.reader import load_saes
+from sae_census.config import AttributeConfig, ReportConfig, SideConfig, VerifyConfig
+from sae_census.errors import CorruptError, IdentityError
+from sae_census.flows.catalog.attribute import attribute
+from sae_census.flows.catalog.reader import Catalog
+from sae_census.flows.catalog.report import write_report
+from sae_census.flows.census.analyze import Analysis, analyze
+from sae_census.flows.census.compact import compact
+from sae_census.flows.census.identity import identify
+from sae_census.flows.census.plan import make_plan
+from sae_census.flows.census.snapshots import snapshots
+from sae_census.flows.census.verify import Verdict, verify
+from sae_census.flows.comparison.sides import Side
+from sae_census.io.store.blobs import LocalBlobs
+from sae_census.records import ShardRecord, sealed, unsealed
+from sae_census.steps.census import claims, plan
+from sae_census.steps.discovery.background import load_backgrounds
+from sae_census.steps.model.reader import load_saes
 
 SITE = ("blocks.0.hook_resid_post", "sae")
 PREPARATION, MEASURE = "5ba01079ad60858c19c7b693b441a7de", "c6df3bf3ce85f5329bba04d6727f8a8f"

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.compute import masks
-from pipeline.compute.packing import Context, Packer
-from pipeline.compute.scores import Score, ranks, score
+from sae_census.compute.census import masks
+from sae_census.compute.census.packing import Context, Packer
+from sae_census.compute.numbers.scores import Score, ranks, score
 
 BOS = 1
 law = settings(max_examples=80)

@@ -12,7 +12,7 @@ import pytest
 from conftest import MakeConfig
 from safetensors.torch import load_file, save_file
 
-from pipeline.config import (
+from sae_census.config import (
     AblateConfig,
     AnalyzeConfig,
     AttributeConfig,
@@ -22,17 +22,17 @@ from pipeline.config import (
     TraceConfig,
     VerifyConfig,
 )
-from pipeline.errors import IdentityError, UserError
-from pipeline.flows.ablate import ablate
-from pipeline.flows.analyze import analyze
-from pipeline.flows.attribute import attribute
-from pipeline.flows.discover import Batch, BatchWorker, open_discoverer, plan_of
-from pipeline.flows.filling import Filling
-from pipeline.flows.identity import identify
-from pipeline.flows.snapshots import build
-from pipeline.flows.trace import trace
-from pipeline.flows.verify import verify
-from pipeline.steps.logits import LogitSettings, LogitWorker
+from sae_census.errors import IdentityError, UserError
+from sae_census.flows.catalog.attribute import attribute
+from sae_census.flows.census.analyze import analyze
+from sae_census.flows.census.fill import Filling
+from sae_census.flows.census.identity import identify
+from sae_census.flows.census.snapshots import build
+from sae_census.flows.census.verify import verify
+from sae_census.flows.discovery.discover import Batch, BatchWorker, open_discoverer, plan_of
+from sae_census.flows.effects.ablate import ablate
+from sae_census.flows.effects.trace import trace
+from sae_census.steps.census.logits import LogitSettings, LogitWorker
 
 PARTS = {
     "model": r"^model .* (was changed while this run|is not the one that)",

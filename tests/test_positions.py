@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.compute import masks
-from pipeline.compute.positions import Passing, Positions, Selector, read_positions
-from pipeline.compute.sae import SparseAutoencoder
-from pipeline.errors import ArgumentError
-from pipeline.flows.interpretable import InterpretableModel
-from pipeline.io.checkpoints import load_sae
+from sae_census.compute.census import masks
+from sae_census.compute.effects.positions import Passing, Positions, Selector, read_positions
+from sae_census.compute.numbers.sae import SparseAutoencoder
+from sae_census.errors import ArgumentError
+from sae_census.flows.effects.interpretable import InterpretableModel
+from sae_census.io.checkpoints import load_sae
 
 POINT = "blocks.1.hook_resid_post"
 TEXT = "river water. stone bridge"

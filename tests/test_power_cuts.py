@@ -19,13 +19,13 @@ from pathlib import Path
 import pytest
 from conftest import write_corpus
 
-from pipeline.errors import CorruptError
-from pipeline.flows.analyze import analyze
-from pipeline.flows.compact import compact
-from pipeline.io import blobs as blobs_module
-from pipeline.io.blobs import LocalBlobs
-from pipeline.records import Node, Receipt, SourceRecord, unsealed
-from pipeline.steps.progress import Voice
+from sae_census.errors import CorruptError
+from sae_census.flows.census.analyze import analyze
+from sae_census.flows.census.compact import compact
+from sae_census.io.store import blobs as blobs_module
+from sae_census.io.store.blobs import LocalBlobs
+from sae_census.records import Node, Receipt, SourceRecord, unsealed
+from sae_census.steps.store.progress import Voice
 
 
 @dataclass

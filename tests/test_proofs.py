@@ -10,21 +10,21 @@ import pytest
 import torch
 from conftest import write_corpus
 
-from pipeline.config import AnalyzeConfig, VerifyConfig
-from pipeline.errors import CorruptError, IdentityError, NumericsError
-from pipeline.flows.analyze import analyze
-from pipeline.flows.catalog import Catalog
-from pipeline.flows.compact import compact
-from pipeline.flows.report_data import overview
-from pipeline.flows.verify import verify
-from pipeline.io.blobs import LocalBlobs
-from pipeline.io.device import configure
-from pipeline.io.versions import versions
-from pipeline.records import RECORD_FORMAT, Receipt, canonical, sealed, unsealed
-from pipeline.steps.background import load_backgrounds
-from pipeline.steps.parts import Provenance
-from pipeline.steps.reader import load_saes
-from pipeline.steps.shard import Analyzer, Machine
+from sae_census.config import AnalyzeConfig, VerifyConfig
+from sae_census.errors import CorruptError, IdentityError, NumericsError
+from sae_census.flows.catalog.reader import Catalog
+from sae_census.flows.catalog.report_data import overview
+from sae_census.flows.census.analyze import analyze
+from sae_census.flows.census.compact import compact
+from sae_census.flows.census.verify import verify
+from sae_census.io.loading.versions import versions
+from sae_census.io.model.device import configure
+from sae_census.io.store.blobs import LocalBlobs
+from sae_census.records import RECORD_FORMAT, Receipt, canonical, sealed, unsealed
+from sae_census.steps.census.shard import Analyzer, Machine
+from sae_census.steps.discovery.background import load_backgrounds
+from sae_census.steps.model.parts import Provenance
+from sae_census.steps.model.reader import load_saes
 
 SITE = ("blocks.0.hook_resid_post", "early")
 

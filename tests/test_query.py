@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config.query import QueryConfig
-from pipeline.errors import ConfigError
-from pipeline.flows.analyze import analyze
-from pipeline.flows.catalog import Catalog, catalog_names
-from pipeline.flows.query import query
-from pipeline.io.checkpoints import load_sae
+from sae_census.config.query import QueryConfig
+from sae_census.errors import ConfigError
+from sae_census.flows.catalog.query import query
+from sae_census.flows.catalog.reader import Catalog, catalog_names
+from sae_census.flows.census.analyze import analyze
+from sae_census.io.checkpoints import load_sae
 
 POINT, SAE = "blocks.1.hook_resid_post", "late"
 MakeConfig = Callable[..., Any]

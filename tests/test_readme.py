@@ -8,8 +8,9 @@ from typing import Any
 import duckdb
 import pytest
 
-from pipeline.flows.analyze import analyze
-from pipeline.flows.catalog import Catalog
+from sae_census.cli import JOBS
+from sae_census.flows.catalog.reader import Catalog
+from sae_census.flows.census.analyze import analyze
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,5 +54,5 @@ def test_the_python_lines_run(catalog: Catalog) -> None:
 
 
 def test_every_job_is_in_the_table_of_jobs() -> None:
-    for path in (ROOT / "jobs").glob("[a-z]*.py"):
-        assert f"`jobs.{path.stem}" in README
+    for job in JOBS:
+        assert f"`sae-census {job}" in README

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from tiny_checkpoints import NORM, POINT, WRITERS, corrupt, llamascopium_of, qwen_scope, sparsify
 
-from pipeline.compute.sae import CodeUnit
-from pipeline.config import SaeConfig
-from pipeline.errors import CheckpointError, ConfigError
-from pipeline.io.checkpoints import LoadedSae, load_sae, releases
-from pipeline.steps.reader import load_saes
-from pipeline.steps.sae_map import saes_named
+from sae_census.compute.numbers.sae import CodeUnit
+from sae_census.config import SaeConfig
+from sae_census.errors import CheckpointError, ConfigError
+from sae_census.io.checkpoints import LoadedSae, load_sae, releases
+from sae_census.steps.model.reader import load_saes
+from sae_census.steps.model.sae_map import saes_named
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # it imports a module that its own dependency deprecates

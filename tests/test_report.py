@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs import analyze as jobs_analyze
-from jobs import report as jobs_report
-from pipeline.config import AnalyzeConfig, ReportConfig
-from pipeline.errors import ConfigError
-from pipeline.flows.analyze import analyze
-from pipeline.flows.catalog import Catalog
-from pipeline.flows.report import Report, write_report
-from pipeline.flows.report_data import CHUNK
-from pipeline.io import report as door
-from pipeline.steps import plan
+from sae_census.cli import analyze as jobs_analyze
+from sae_census.cli import report as jobs_report
+from sae_census.config import AnalyzeConfig, ReportConfig
+from sae_census.errors import ConfigError
+from sae_census.flows.catalog.reader import Catalog
+from sae_census.flows.catalog.report import Report, write_report
+from sae_census.flows.catalog.report_data import CHUNK
+from sae_census.flows.census.analyze import analyze
+from sae_census.io import report as door
+from sae_census.steps.census import plan
 
 MakeConfig = Callable[..., AnalyzeConfig]
 HOSTILE = (
@@ -354,7 +354,7 @@ def test_a_report_that_died_is_finished_by_the_next_run(
             raise KeyboardInterrupt
         return made(name, value)
 
-    monkeypatch.setattr("pipeline.io.report.data_file", dies)
+    monkeypatch.setattr("sae_census.io.report.data_file", dies)
     with pytest.raises(KeyboardInterrupt):
         written(root, tmp_path)
     assert (tmp_path / "index.html").read_bytes() == before

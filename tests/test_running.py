@@ -25,11 +25,11 @@ from transformers import (
     pipeline,
 )
 
-from pipeline.compute.edits import Edit
-from pipeline.errors import ArgumentError
-from pipeline.flows.interpretable import InterpretableModel
-from pipeline.flows.observe import capture_residual, encode_prompts
-from pipeline.types import HookPoint
+from sae_census.compute.effects.edits import Edit
+from sae_census.errors import ArgumentError
+from sae_census.flows.effects.interpretable import InterpretableModel
+from sae_census.flows.notebook.observe import capture_residual, encode_prompts
+from sae_census.types import HookPoint
 
 EDIT = {MID: Edit(feature=3, value=20, mode="set")}
 HOW = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

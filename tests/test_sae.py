@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.compute import sae as sae_module
-from pipeline.compute.codes import Codes
-from pipeline.compute.sae import Gate, Gated, JumpRelu, Relu, SparseAutoencoder, TopK, Transform
+from sae_census.compute.numbers import sae as sae_module
+from sae_census.compute.numbers.codes import Codes
+from sae_census.compute.numbers.sae import Gate, Gated, JumpRelu, Relu, SparseAutoencoder, TopK, Transform
 
 D, F, B, T = 6, 19, 5, 7
 GATES = ("relu", "jumprelu", "topk", "gated")

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.compute.edits import Edit, edit
-from pipeline.compute.sae import Gated, JumpRelu, Relu, TopK
-from pipeline.errors import CheckpointError, ConfigError
-from pipeline.io.checkpoints import LoadedSae, load_sae
+from sae_census.compute.effects.edits import Edit, edit
+from sae_census.compute.numbers.sae import Gated, JumpRelu, Relu, TopK
+from sae_census.errors import CheckpointError, ConfigError
+from sae_census.io.checkpoints import LoadedSae, load_sae
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # it imports a module that its own dependency deprecates

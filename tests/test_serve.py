@@ -27,14 +27,14 @@ from pydantic import ValidationError
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
-from jobs.serve import make_app, make_server
-from pipeline.config import DiscoverRequest, ServeConfig
-from pipeline.findings import Discovery
-from pipeline.flows.analyze import analyze
-from pipeline.flows.catalog import Catalog
-from pipeline.flows.discover import open_discoverer
-from pipeline.io.generation import Patience
-from pipeline.steps.discoverer import Discoverer
+from sae_census.cli.serve import make_app, make_server
+from sae_census.config import DiscoverRequest, ServeConfig
+from sae_census.findings import Discovery
+from sae_census.flows.catalog.reader import Catalog
+from sae_census.flows.census.analyze import analyze
+from sae_census.flows.discovery.discover import open_discoverer
+from sae_census.io.model.generation import Patience
+from sae_census.steps.discovery.discoverer import Discoverer
 
 URL = "/v1/sae/features/discover"
 HOME = "http://127.0.0.1"

@@ -16,16 +16,16 @@ from hydra.core.global_hydra import GlobalHydra
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.compute.weights import copies, normal
-from pipeline.config import CompareConfig, SideConfig, SnapshotsConfig
-from pipeline.errors import ConfigError, CorruptError, IdentityError
-from pipeline.flows.analyze import analyze
-from pipeline.flows.catalog import Catalog
-from pipeline.flows.compare import compare
-from pipeline.flows.diff import Difference, diff
-from pipeline.flows.sides import Side
-from pipeline.flows.snapshots import build, snapshots
-from pipeline.io import tables
+from sae_census.compute.numbers.weights import copies, normal
+from sae_census.config import CompareConfig, SideConfig, SnapshotsConfig
+from sae_census.errors import ConfigError, CorruptError, IdentityError
+from sae_census.flows.catalog.reader import Catalog
+from sae_census.flows.census.analyze import analyze
+from sae_census.flows.census.snapshots import build, snapshots
+from sae_census.flows.comparison.compare import compare
+from sae_census.flows.comparison.diff import Difference, diff
+from sae_census.flows.comparison.sides import Side
+from sae_census.io.store import tables
 
 SITE = ("blocks.1.hook_resid_post", "late")
 Analyze = Callable[..., Catalog]
@@ -305,7 +305,7 @@ def test_a_damaged_manifest_is_named_and_put_back(root: Path, body: str) -> None
 
 def command(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
     GlobalHydra.instance().clear()
-    monkeypatch.setattr(sys, "argv", ["jobs.catalog", *overrides])
+    monkeypatch.setattr(sys, "argv", ["sae-census catalog", *overrides])
     with pytest.raises(SystemExit) as left:
         runpy.run_module("jobs.catalog", run_name="__main__")
     assert left.value.code == 0

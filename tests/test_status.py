@@ -14,18 +14,18 @@ import pytest
 from fastapi import APIRouter, FastAPI
 from fastapi.testclient import TestClient
 
-from jobs.serve import _offer_status, _offer_status_page
-from jobs.status import text
-from pipeline.config import StatusConfig
-from pipeline.errors import ConfigError, ShardError
-from pipeline.flows import status as flow
-from pipeline.flows.analyze import analyze
-from pipeline.flows.run_status import RunStatus
-from pipeline.flows.status import runs, status
-from pipeline.io.blobs import LocalBlobs
-from pipeline.steps import layout, progress
-from pipeline.steps.progress import Voice
-from pipeline.steps.shard import Analyzer
+from sae_census.cli.serve import _offer_status, _offer_status_page
+from sae_census.cli.status import text
+from sae_census.config import StatusConfig
+from sae_census.errors import ConfigError, ShardError
+from sae_census.flows.census import status as flow
+from sae_census.flows.census.analyze import analyze
+from sae_census.flows.census.run_status import RunStatus
+from sae_census.flows.census.status import runs, status
+from sae_census.io.store.blobs import LocalBlobs
+from sae_census.steps.census.shard import Analyzer
+from sae_census.steps.store import layout, progress
+from sae_census.steps.store.progress import Voice
 
 MakeConfig = Callable[..., Any]
 
@@ -99,10 +99,10 @@ def test_a_run_that_raises_or_is_interrupted_says_why(
 SLOW = """
 import sys, time
 from pathlib import Path
-from pipeline.config import AnalyzeConfig
-from pipeline.flows.analyze import analyze
-from pipeline.steps import progress
-from pipeline.steps.shard import Analyzer
+from sae_census.config import AnalyzeConfig
+from sae_census.flows.census.analyze import analyze
+from sae_census.steps import progress
+from sae_census.steps.census.shard import Analyzer
 progress.BEAT_SECONDS = 0.1
 run, tries = Analyzer.run, []
 def slow(self, shard):

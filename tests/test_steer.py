@@ -18,18 +18,18 @@ from test_sae import GATES, TRANSFORMS, D, F, literal_code, random_sae
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jobs import _main, ablate, steer
-from pipeline.compute import effects
-from pipeline.compute.edits import Edit, edit
-from pipeline.compute.sae import Gated, SparseAutoencoder
-from pipeline.config import AblateConfig, AttributeConfig, SteerConfig
-from pipeline.errors import ArgumentError, ConfigError
-from pipeline.flows import ablate as ablate_flow
-from pipeline.flows import steer as steer_flow
-from pipeline.flows.analyze import analyze
-from pipeline.flows.attribute import attribute
-from pipeline.flows.catalog import Catalog
-from pipeline.steps import ablation
+from sae_census.cli import ablate, command, steer
+from sae_census.compute.effects import effects
+from sae_census.compute.effects.edits import Edit, edit
+from sae_census.compute.numbers.sae import Gated, SparseAutoencoder
+from sae_census.config import AblateConfig, AttributeConfig, SteerConfig
+from sae_census.errors import ArgumentError, ConfigError
+from sae_census.flows.catalog.attribute import attribute
+from sae_census.flows.catalog.reader import Catalog
+from sae_census.flows.census.analyze import analyze
+from sae_census.flows.effects import ablate as ablate_flow
+from sae_census.flows.effects import steer as steer_flow
+from sae_census.steps.effects import ablation
 
 N = 33
 EDITS = (Edit(feature=2, value=-1.5), Edit(feature=7, value=2.0, mode="add"), Edit(feature=11, value=0, mode="set"))
@@ -228,9 +228,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     def call(name: str, *overrides: str) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [f"jobs.{name}", *overrides])
+        monkeypatch.setattr(sys, "argv", [f"sae-census {name}", *overrides])
         with pytest.raises(SystemExit) as exit_info:
-            _main.main(name, *jobs[name])
+            command.main(name, *jobs[name])
         out, err = capsys.readouterr()
         return int(exit_info.value.code or 0), out, err
 
@@ -287,7 +287,7 @@ def test_a_steered_text_is_the_plain_one_exactly_when_nothing_is_touched(steered
 def test_kl_and_codes_are_those_of_the_model_run_by_hand(
     steered: Callable[..., SteerConfig], model_dir: Path, sae_dirs: dict[str, Path]
 ) -> None:
-    from pipeline.io.checkpoints import load_sae
+    from sae_census.io.checkpoints import load_sae
 
     got, sae = steer_flow.steer(steered(changed=200, positions="all")), load_sae(str(sae_dirs["late"])).sae
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
@@ -463,7 +463,7 @@ def literal_ablation(
 def test_ablation_is_two_plain_forwards_a_span(
     done: ablate_flow.Ablations, catalog: Catalog, model_dir: Path, sae_dirs: dict[str, Path]
 ) -> None:
-    from pipeline.io.checkpoints import load_sae
+    from sae_census.io.checkpoints import load_sae
 
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
     rows = done.table.to_pylist()
@@ -549,7 +549,7 @@ def test_the_tokens_of_the_catalog_are_followed_on_demand(
     feature = int(catalog.best(1, LATE)["feature_id"][0].as_py())
     named = {"sae": "late", "features": [feature], "top_tokens": "catalog", "num_tokens": 3}
     config = AblateConfig(**base | named | {"store": {"root": str(root)}})
-    with pytest.raises(ConfigError, match=r"of catalog 'mine' has no logits; run jobs\.attribute"):
+    with pytest.raises(ConfigError, match=r"of catalog 'mine' has no logits; run sae-census attribute"):
         ablate_flow.ablate(config)
     attribute(AttributeConfig(**{name: base[name] for name in ("catalog", "cluster")}, store=config.store))
     rows = Catalog(root, "mine").logits(LATE, "late", feature).to_pylist()

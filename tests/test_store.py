@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import CensusError, CorruptError, StorageError
-from pipeline.io import schemas, store, tables
-from pipeline.io.blobs import LocalBlobs
+from sae_census.errors import CensusError, CorruptError, StorageError
+from sae_census.io.store import schemas, tables, zarr_files
+from sae_census.io.store.blobs import LocalBlobs
 
 KEY, OLD, NEW = "folder/key.json", b"old bytes", b"new bytes, and more of them" * 200
 
@@ -130,7 +130,7 @@ def test_of_eight_threads_exactly_one_creates_a_key(tmp_path: Path) -> None:
 def test_of_eight_processes_exactly_one_creates_each_key(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib\n"
-        "from pipeline.io.blobs import LocalBlobs\n"
+        "from sae_census.io.store.blobs import LocalBlobs\n"
         "blobs, me = LocalBlobs(sys.argv[1]), sys.argv[2]\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "print(*(int(blobs.put_if_absent(f'k{i}', me.encode())) for i in range(30)))"
@@ -219,25 +219,25 @@ def arrays() -> dict[str, dict[str, np.ndarray]]:
 @pytest.fixture(scope="module")
 def pack_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("packs") / "pack.zarr.zip"
-    path.write_bytes(store.pack(arrays(), {"format": 1, "names": ["a", "é"]}))
+    path.write_bytes(zarr_files.pack(arrays(), {"format": 1, "names": ["a", "é"]}))
     return path
 
 
 def test_equal_arrays_give_equal_bytes_in_any_order_layout_and_process() -> None:
     rng = np.random.default_rng(1)
     square = rng.random((40, 30)).astype(np.float32)
-    body = store.pack({"a": {"x": square, "y": square[0]}, "b": {"z": square[:, 0]}}, {"k": 1, "l": 2})
+    body = zarr_files.pack({"a": {"x": square, "y": square[0]}, "b": {"z": square[:, 0]}}, {"k": 1, "l": 2})
     shuffled = {"b": {"z": square.T[0]}, "a": {"y": square[0].copy(), "x": np.asfortranarray(square)}}
-    assert store.pack(shuffled, {"k": 1, "l": 2}) == body
+    assert zarr_files.pack(shuffled, {"k": 1, "l": 2}) == body
     entries = zipfile.ZipFile(io.BytesIO(body)).infolist()
     assert [entry.filename for entry in entries] == sorted(entry.filename for entry in entries)
     assert {(e.date_time, e.compress_type) for e in entries} == {((1980, 1, 1, 0, 0, 0), zipfile.ZIP_STORED)}
     changed = square.copy()
     changed[3, 3] += 1
-    assert store.pack({"a": {"x": changed, "y": square[0]}, "b": {"z": square[:, 0]}}, {"k": 1, "l": 2}) != body
+    assert zarr_files.pack({"a": {"x": changed, "y": square[0]}, "b": {"z": square[:, 0]}}, {"k": 1, "l": 2}) != body
     program = (
-        "import hashlib, numpy as np; from pipeline.io import store\n"
-        "print(hashlib.sha256(store.pack({'a': {'x': np.arange(9)}, 'b': {}}, {'k': 1})).hexdigest())"
+        "import hashlib, numpy as np; from sae_census.io.store import zarr_files\n"
+        "print(hashlib.sha256(zarr_files.pack({'a': {'x': np.arange(9)}, 'b': {}}, {'k': 1})).hexdigest())"
     )
     digests = {
         subprocess.run(
@@ -250,7 +250,7 @@ def test_equal_arrays_give_equal_bytes_in_any_order_layout_and_process() -> None
 
 def test_arrays_and_ranges_of_a_pack_read_back_as_they_were_written(pack_path: Path) -> None:
     rng = np.random.default_rng(2)
-    with store.Pack(pack_path) as pack:
+    with zarr_files.Pack(pack_path) as pack:
         assert pack.attributes == {"format": 1, "names": ["a", "é"]}
         for group, members in arrays().items():
             for name, expected in members.items():
@@ -272,9 +272,9 @@ def test_arrays_and_ranges_of_a_pack_read_back_as_they_were_written(pack_path: P
 def test_a_cut_pack_is_refused(pack_path: Path, tmp_path: Path, keep: int) -> None:
     (tmp_path / "cut.zip").write_bytes(pack_path.read_bytes()[:keep])
     with pytest.raises(CorruptError, match=r"cut\.zip is not a readable partial"):
-        store.Pack(tmp_path / "cut.zip")
+        zarr_files.Pack(tmp_path / "cut.zip")
     with pytest.raises(CorruptError, match=r"absent\.zip is not a readable partial"):
-        store.Pack(tmp_path / "absent.zip")
+        zarr_files.Pack(tmp_path / "absent.zip")
 
 
 SMALL = {"s": {"ints": np.arange(300), "floats": np.linspace(0, 1, 60, dtype=np.float32).reshape(20, 3)}}
@@ -292,7 +292,7 @@ def outcomes(path: Path, bodies: Iterator[tuple[int, bytes]]) -> dict[str, list[
     for position, body in bodies:
         path.write_bytes(body)
         try:
-            with store.Pack(path) as pack:
+            with zarr_files.Pack(path) as pack:
                 read = {name: pack.read(f"s/{name}") for name in SMALL["s"]}
                 right = pack.attributes == {"format": 1}
             for name, expected in SMALL["s"].items():
@@ -309,7 +309,7 @@ def outcomes(path: Path, bodies: Iterator[tuple[int, bytes]]) -> dict[str, list[
 @pytest.fixture(scope="module")
 def damage(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[int]]]:
     """Outcomes of flips in 200 random bytes of a pack's entries, and in every byte of its table of contents."""
-    body = store.pack(SMALL, {"format": 1})
+    body = zarr_files.pack(SMALL, {"format": 1})
     contents = zipfile.ZipFile(io.BytesIO(body)).start_dir
     path = tmp_path_factory.mktemp("damage") / "pack.zip"
     entries = np.random.default_rng(3).choice(contents, 200, replace=False).tolist()

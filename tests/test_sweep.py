@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.compute import due
-from pipeline.config import SweepConfig
-from pipeline.config.sweep import AlertConfig, EntryConfig
-from pipeline.errors import ConfigError, CorruptError
-from pipeline.flows.sweep import is_due, sweep
-from pipeline.io import tables
-from pipeline.records import Receipt
-from pipeline.steps.shard import Analyzer, ShardTask
+from sae_census.compute.census import due
+from sae_census.config import SweepConfig
+from sae_census.config.sweep import AlertConfig, EntryConfig
+from sae_census.errors import ConfigError, CorruptError
+from sae_census.flows.census.sweep import is_due, sweep
+from sae_census.io.store import tables
+from sae_census.records import Receipt
+from sae_census.steps.census.shard import Analyzer, ShardTask
 
 MONDAY = datetime(2026, 3, 2, 3, 0, tzinfo=UTC)
 MOMENTS = st.datetimes(datetime(2025, 1, 1), datetime(2027, 1, 1)).map(lambda moment: moment.replace(tzinfo=UTC))
@@ -190,7 +190,7 @@ def test_a_wrong_key_of_an_entry_stops_everything_before_it_starts(weekly: Calla
 def test_alarms_have_an_exit_code_and_a_line_for_a_webhook(
     tmp_path: Path, weekly: Callable[..., SweepConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from jobs.sweep import ALERT, job
+    from sae_census.cli.sweep import ALERT, job
 
     config = weekly(mine={"every": "1w", "alerts": [{"statistic": "rank_correlation", "below": 1.0}]})
     assert job(config) == 0
@@ -224,7 +224,7 @@ def test_the_command_runs_a_file(
     file = tmp_path / "weekly.yaml"
     file.write_text(weekly(mine={"every": "1w"}).model_dump_json(exclude={"file", "store"}))
     GlobalHydra.instance().clear()
-    monkeypatch.setattr(sys, "argv", ["jobs.sweep", f"file={file}", f"store.root={tmp_path / 'elsewhere'}"])
+    monkeypatch.setattr(sys, "argv", ["sae-census sweep", f"file={file}", f"store.root={tmp_path / 'elsewhere'}"])
     with pytest.raises(SystemExit) as left:
         runpy.run_module("jobs.sweep", run_name="__main__")
     assert left.value.code == 0

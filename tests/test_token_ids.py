@@ -11,14 +11,14 @@ from conftest import MakeConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import encode_prompts, load_sae, trace_feature
-from pipeline.config import AnalyzeConfig, DiscoverRequest, DiscoveryConfig, SteerConfig
-from pipeline.errors import ConfigError, RequestError
-from pipeline.flows.analyze import analyze
-from pipeline.flows.discover import open_discoverer
-from pipeline.flows.steer import steer
-from pipeline.io.model import LanguageModel
-from pipeline.records import Receipt
+from sae_census import encode_prompts, load_sae, trace_feature
+from sae_census.config import AnalyzeConfig, DiscoverRequest, DiscoveryConfig, SteerConfig
+from sae_census.errors import ConfigError, RequestError
+from sae_census.flows.census.analyze import analyze
+from sae_census.flows.discovery.discover import open_discoverer
+from sae_census.flows.effects.steer import steer
+from sae_census.io.model.language_model import LanguageModel
+from sae_census.records import Receipt
 
 ROWS = 300
 NEW = "<|new|>"

@@ -14,15 +14,15 @@ from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config import DiscoverRequest
-from pipeline.errors import ConfigError, RequestError
-from pipeline.flows.analyze import analyze
-from pipeline.flows.identity import find_config_sources, identify
-from pipeline.flows.observe import observe_prompts
-from pipeline.io.checkpoints import load_sae
-from pipeline.io.tokenizer import Tokenizer
-from pipeline.steps.prepare import Preparer, PrepareSettings
-from pipeline.steps.sequences import continued, sequence_of
+from sae_census.config import DiscoverRequest
+from sae_census.errors import ConfigError, RequestError
+from sae_census.flows.census.analyze import analyze
+from sae_census.flows.census.identity import find_config_sources, identify
+from sae_census.flows.notebook.observe import observe_prompts
+from sae_census.io.checkpoints import load_sae
+from sae_census.io.tokens.tokenizer import Tokenizer
+from sae_census.steps.census.prepare import Preparer, PrepareSettings
+from sae_census.steps.discovery.sequences import continued, sequence_of
 
 Made = Callable[[str], Tokenizer]
 law = settings(max_examples=30, deadline=None, database=None, derandomize=True)

@@ -10,11 +10,11 @@ from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.config import ModelConfig
-from pipeline.io import told
-from pipeline.io.model import LanguageModel
-from pipeline.io.tokenizer import Tokenizer
-from pipeline.steps.parts import tokenizer_of
+from sae_census.config import ModelConfig
+from sae_census.io.loading import told
+from sae_census.io.model.language_model import LanguageModel
+from sae_census.io.tokens.tokenizer import Tokenizer
+from sae_census.steps.model.parts import tokenizer_of
 
 SAID = "will lead to incorrect tokenization"
 

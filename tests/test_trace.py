@@ -16,24 +16,25 @@ from test_hooks import LAYOUTS, NUM_LAYERS, TINY
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from jobs import _main
-from jobs import trace as jobs_trace
-from pipeline import trace_feature
-from pipeline.compute import linear, tangent
-from pipeline.compute.linear import Split
-from pipeline.compute.sae import Gate, Gated, JumpRelu, Relu, SparseAutoencoder, TopK, Transform
-from pipeline.config import AnalyzeConfig, TraceConfig
-from pipeline.errors import ConfigError, ShardError
-from pipeline.flows.analyze import analyze
-from pipeline.flows.catalog import Catalog
-from pipeline.flows.trace import trace
-from pipeline.io import report, tables
-from pipeline.io.blocks import matrix
-from pipeline.io.checkpoints import load_sae
-from pipeline.io.model import LanguageModel
-from pipeline.io.paths import Paths, frozen
-from pipeline.steps.tracing import Probe, split
-from pipeline.types import STREAMS, HookPoint, Stream
+from sae_census import trace_feature
+from sae_census.cli import command
+from sae_census.cli import trace as jobs_trace
+from sae_census.compute.effects import linear, tangent
+from sae_census.compute.effects.linear import Split
+from sae_census.compute.numbers.sae import Gate, Gated, JumpRelu, Relu, SparseAutoencoder, TopK, Transform
+from sae_census.config import AnalyzeConfig, TraceConfig
+from sae_census.errors import ConfigError, ShardError
+from sae_census.flows.catalog.reader import Catalog
+from sae_census.flows.census.analyze import analyze
+from sae_census.flows.effects.trace import trace
+from sae_census.io import report
+from sae_census.io.checkpoints import load_sae
+from sae_census.io.model.blocks import matrix
+from sae_census.io.model.language_model import LanguageModel
+from sae_census.io.model.paths import Paths, frozen
+from sae_census.io.store import tables
+from sae_census.steps.effects.tracing import Probe, split
+from sae_census.types import STREAMS, HookPoint, Stream
 
 WIDTH, FEATURES = 32, 6
 IDS = torch.arange(9) % 11 + 3
@@ -552,7 +553,7 @@ def test_what_the_catalog_does_not_have_is_refused(store, changes, message):
 def test_sources_of_a_catalog_without_any_are_refused(store: Path, tmp_path: Path) -> None:
     catalog = Catalog(store, "tiny")
     catalog.attached = tmp_path
-    with pytest.raises(ConfigError, match=r"holds no sources\.parquet; run jobs\.trace on this catalog first$"):
+    with pytest.raises(ConfigError, match=r"holds no sources\.parquet; run sae-census trace on this catalog first$"):
         catalog.sources("blocks.1.hook_resid_post", "late", 0)
 
 
@@ -575,9 +576,9 @@ def run(store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         GlobalHydra.instance().clear()
         monkeypatch.chdir(tmp_path)
         base = (f"store.root={store}", "catalog.name=tiny", "cluster.threads_per_worker=1", "device=cpu")
-        monkeypatch.setattr(sys, "argv", ["jobs.trace", *base, *overrides])
+        monkeypatch.setattr(sys, "argv", ["sae-census trace", *base, *overrides])
         with pytest.raises(SystemExit) as exit_info:
-            _main.main("trace", TraceConfig, jobs_trace.job)
+            command.main("trace", TraceConfig, jobs_trace.job)
         out, err = capsys.readouterr()
         return int(exit_info.value.code or 0), out, err
 
@@ -620,7 +621,7 @@ def test_every_mistake_is_one_line_and_exit_code_2(run: Run, override: str, sent
 
 @hydra
 def test_spans_that_fail_are_listed_and_the_exit_code_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.steps import tracing
+    from sae_census.steps.effects import tracing
 
     honest, calls = tracing.split, []
 
@@ -631,7 +632,7 @@ def test_spans_that_fail_are_listed_and_the_exit_code_says_so(run: Run, monkeypa
         return honest(*arguments)
 
     monkeypatch.setattr(tracing, "split", fail_once)
-    monkeypatch.setattr("pipeline.flows.trace.CONTEXTS_PER_TASK", 1)
+    monkeypatch.setattr("sae_census.flows.effects.trace.CONTEXTS_PER_TASK", 1)
     code, out, err = run("best=2", "spans=2")
     assert code == 3
     assert "left out: " in err
@@ -670,7 +671,7 @@ def test_text_of_a_corpus_cannot_become_markup() -> None:
 
 
 def test_the_page_of_the_job_shows_tokens_as_text(store: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from pipeline.io.tokenizer import Tokenizer
+    from sae_census.io.tokens.tokenizer import Tokenizer
 
     monkeypatch.setattr(Tokenizer, "token_texts", lambda self, rows: [["<script>" for _ in ids] for ids in rows])
     trace(config(store, best=1, spans=1, out=str(tmp_path)), quiet)

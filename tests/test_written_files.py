@@ -17,9 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.io import answers, json_lines, tables
-from pipeline.io.corpus import Document, ReadSettings, find_sources, read
-from pipeline.steps.background import _label_rows
+from sae_census.io import answers
+from sae_census.io.store import json_lines, tables
+from sae_census.io.text.corpus import Document, ReadSettings, find_sources, read
+from sae_census.steps.discovery.background import _label_rows
 
 ENDS = "\r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 """What Python's splitlines splits at."""

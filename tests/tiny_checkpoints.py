@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.io.checkpoints.files import read_tensors
+from sae_census.io.checkpoints.files import read_tensors
 
 Config = dict[str, Any]
 Tensors = dict[str, Tensor]

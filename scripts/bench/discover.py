@@ -25,11 +25,12 @@ from floor import census, config_of
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import DiscoverRequest, DiscoveryConfig
-from pipeline.flows.discover import open_discoverer
-from pipeline.io import device, embedded
-from pipeline.io.tokenizer import Tokenizer
-from pipeline.steps.reader import Reader
+from sae_census.config import DiscoverRequest, DiscoveryConfig
+from sae_census.flows.discovery.discover import open_discoverer
+from sae_census.io import embedded
+from sae_census.io.model import device
+from sae_census.io.tokens.tokenizer import Tokenizer
+from sae_census.steps.model.reader import Reader
 
 ASK = {"generate": False, "token_filter": "none", "min_coverage_pct": 0.05}
 

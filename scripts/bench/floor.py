@@ -21,13 +21,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import AnalyzeConfig
-from pipeline.flows.identity import find_config_sources, identify, settled
-from pipeline.io import device
-from pipeline.io.model import LanguageModel
-from pipeline.steps.prepare import Preparer, PrepareSettings
-from pipeline.steps.reader import load_saes
-from pipeline.steps.shard import Analyzer, ShardTask
+from sae_census.config import AnalyzeConfig
+from sae_census.flows.census.identity import find_config_sources, identify, settled
+from sae_census.io.model import device
+from sae_census.io.model.language_model import LanguageModel
+from sae_census.steps.census.prepare import Preparer, PrepareSettings
+from sae_census.steps.census.shard import Analyzer, ShardTask
+from sae_census.steps.model.reader import load_saes
 
 PROGRAMS = ("bare", "tuned", "census")
 K = 32

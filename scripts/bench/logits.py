@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.compute.logits import FinalNorm, Unembedding, logit_effects
-from pipeline.io import device
+from sae_census.compute.numbers.logits import FinalNorm, Unembedding, logit_effects
+from sae_census.io.model import device
 
 
 class Largest(TorchDispatchMode):

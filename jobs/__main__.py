@@ -1,0 +1,5 @@
+"""`python -m jobs` in a checkout is `sae-census`: it lists the jobs."""
+
+from sae_census.cli import main
+
+main()

@@ -1,1 +1,0 @@
-"""`python -m sae_discover` and `sae-discover`: discovery under the name that its users know."""

@@ -1,5 +1,0 @@
-"""Run the command."""
-
-from jobs.discover import main
-
-main()

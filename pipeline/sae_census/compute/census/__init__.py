@@ -1,0 +1,1 @@
+"""What a shard is counted with: packing, masks, the aggregation, and labels."""

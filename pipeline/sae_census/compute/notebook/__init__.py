@@ -1,0 +1,1 @@
+"""What notebooks ask of prompts: observation, subsamples, several layers at once."""

@@ -1,0 +1,1 @@
+"""Stories of a finished catalog: read it, query it, report it, add logits to it."""

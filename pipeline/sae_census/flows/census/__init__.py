@@ -1,0 +1,1 @@
+"""Stories of the engine: plan, analyze, reduce, verify, compact, sweep, status."""

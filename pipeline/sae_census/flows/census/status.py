@@ -1,0 +1,240 @@
+"""What runs of `sae-census analyze` are doing or did, told from the store alone.
+
+Nothing is asked of the run itself, so anybody who can read the store can look, and a killed run can still be told.
+Shards of a run are counted by its events and, for those that its last seconds did not get to write, by receipts.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from sae_census.config.status import StatusConfig
+from sae_census.errors import CensusError, ConfigError, CorruptError
+from sae_census.flows.census.run_status import Reason, RunStatus, State, Straggler
+from sae_census.io.store import json_lines
+from sae_census.io.store.blobs import LocalBlobs
+from sae_census.records import Receipt
+from sae_census.steps.store import layout
+from sae_census.steps.store.progress import BEAT_SECONDS
+
+SILENT_SECONDS = 6 * BEAT_SECONDS
+"""A run that gave no sign of life for so long is taken for dead."""
+STRAGGLER_RATIO, STRAGGLER_SECONDS = 3.0, 10.0
+"""A shard straggles if it takes more than so many medians, and longer than this."""
+_MIN_FOR_MEDIAN = 3
+
+
+def status(config: StatusConfig) -> list[RunStatus]:
+    """The newest runs, newest first.
+
+    Raises:
+        ConfigError: if there is no store, or no run in it that fits.
+    """
+    blobs = LocalBlobs(config.store.root)
+    if not blobs.path(layout.events("x")).parent.is_dir():
+        raise ConfigError(f"store.root {config.store.root} holds no runs; give the root of an analysis")
+    fitting = (run for run in runs(blobs) if config.catalog is None or config.catalog in run.catalog.split("+"))
+    found = list(islice(fitting, config.last))
+    if not found:
+        what = f" of catalog {config.catalog}" if config.catalog else ""
+        raise ConfigError(f"store.root {config.store.root} tells of no run{what}")
+    return found
+
+
+def runs(blobs: LocalBlobs) -> Iterator[RunStatus]:
+    """All runs of a store, newest first."""
+    names = {path.name.split(".")[0] for path in blobs.path(layout.events("x")).parent.glob("*.jsonl")}
+    for run_id in sorted(names, reverse=True):
+        told = _Told(blobs, run_id)
+        if told.began:
+            yield told.status(time.time())
+
+
+class _Told:
+    """What the events of one run say, in their order."""
+
+    def __init__(self, blobs: LocalBlobs, run_id: str):
+        self._blobs, self._run_id = blobs, run_id
+        self.began: dict[str, Any] = {}
+        self.end: dict[str, Any] = {}
+        self.stage: dict[str, Any] = {}
+        self.plan: dict[str, Any] = {}
+        self.seen_at = 0.0
+        self.first_shard_at = self.last_shard_at = 0.0
+        self.running: dict[str, dict[str, Any]] = {}
+        self.seconds: dict[str, float] = {}
+        self.spent = 0.0
+        self.workers: set[int] = set()
+        self.lost: list[Reason] = []
+        self.failures: list[Reason] = []
+        self.num_damaged = 0
+        for line in _lines(blobs, layout.events(run_id)):
+            try:
+                self._hear(json.loads(line))
+            except (ValueError, LookupError, TypeError, AttributeError):
+                self.num_damaged += 1
+        self.left: dict[str, int] = {}
+        self._measure_ids: list[str] = []
+        if self.plan:
+            try:
+                intent = json.loads(blobs.get(layout.run_plan(run_id)))
+                self.left, self._measure_ids = dict(intent["left"]), list(intent["measures"])
+            except (ValueError, LookupError, TypeError, CorruptError):
+                self.num_damaged += 1
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        self.seen_at = max(self.seen_at, event["at"])
+        match event["event"]:
+            case "run":
+                self.began = {key: event[key] for key in ("at", "catalog", "host", "pid", "workers")}
+            case "stage":  # every stage has workers of its own
+                self.stage = event | {"done": 0}
+                self.workers = set()
+            case "alive" if "stage" in event:
+                self.stage = event
+            case "stage_done":
+                self.stage |= {"done": self.stage.get("total", 0)}
+            case "plan":
+                self.plan = event
+            case "done" | "failed":
+                self.end = event
+            case _:
+                self._hear_of_work(event)
+
+    def _hear_of_work(self, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case "worker_started":
+                self.workers.add(event["worker"])
+            case "task_started":
+                self.running[event["shard_id"]] = event
+                self.first_shard_at = self.first_shard_at or event["at"]
+            case "shard_done":
+                self._over(event)
+                self.seconds[event["shard_id"]] = event["seconds"]
+            case "quarantined":
+                self._over(event)
+                self.failures.append(_reason(event))
+            case "worker_left":
+                self.workers.discard(event["worker"])
+            case "worker_lost" | "worker_refused":
+                self._over(event)
+                self.workers.discard(event["worker"])
+                self.lost.append(_reason(event))
+
+    def _over(self, event: dict[str, Any]) -> None:
+        """An attempt has ended: what it took is spent, whatever came of it."""
+        started = self.running.pop(event.get("shard_id", ""), None)
+        if started is not None:
+            self.spent += max(0.0, event["at"] - started["at"])
+            self.last_shard_at = max(self.last_shard_at, event["at"])
+
+    def status(self, now: float) -> RunStatus:
+        """As of a time; what runs in a run that is over, or silent, stopped at its last word."""
+        state = self._state(now)
+        until = now if state == "running" else self.seen_at
+        if state != "finished":
+            self._count_receipts()
+        tokens_done = sum(self.left[shard_id] for shard_id in self.seconds if shard_id in self.left)
+        out = {failure.shard_id for failure in self.failures}
+        tokens_left = sum(
+            n for shard_id, n in self.left.items() if shard_id not in self.seconds and shard_id not in out
+        )
+        began = self.first_shard_at or until
+        last = until if tokens_left else self.last_shard_at
+        rate = tokens_done / (last - began) if tokens_done and last > began else None
+        shards = {shard_id: event for shard_id, event in self.running.items() if shard_id in self.left}
+        running = shards if state == "running" else {}
+        spent = self.spent + sum(until - event["at"] for event in self.running.values())
+        num_left = len(self.left) - len(self.seconds) - len(out)
+        return RunStatus(
+            run_id=self._run_id,
+            catalog=self.began["catalog"],
+            state=state,
+            reason=": ".join(filter(None, (self.end.get("kind"), self.end.get("message")))),
+            host=self.began["host"],
+            pid=self.began["pid"],
+            began_at=self.began["at"],
+            seen_at=self.seen_at,
+            stage=self.stage.get("stage", ""),
+            stage_done=self.stage.get("done", 0),
+            stage_total=self.stage.get("total", 0),
+            shards_planned=len(self.left) + self.plan.get("done", 0),
+            shards_before=self.plan.get("done", 0),
+            shards_done=len(self.seconds),
+            shards_running=len(running),
+            shards_waiting=num_left - len(running),
+            tokens_planned=sum(self.left.values()) + self.plan.get("done_tokens", 0),
+            tokens_before=self.plan.get("done_tokens", 0),
+            tokens_done=tokens_done,
+            tokens_per_second=rate,
+            seconds_left=tokens_left / rate if rate and tokens_left and state == "running" else None,
+            worker_seconds=spent,
+            workers=len(self.workers),
+            workers_wanted=self.began["workers"],
+            lost=tuple(self.lost),
+            failures=tuple(self.failures),
+            stragglers=self._stragglers(running, now),
+            snapshot=self.end.get("snapshot"),
+            num_damaged=self.num_damaged,
+        )
+
+    def _state(self, now: float) -> State:
+        match self.end.get("event"), self.end.get("kind"):
+            case "done", _:
+                return "finished"
+            case "failed", "KeyboardInterrupt":
+                return "interrupted"
+            case "failed", _:
+                return "failed"
+        return "running" if now - self.seen_at < SILENT_SECONDS else "silent"
+
+    def _count_receipts(self) -> None:
+        """Add shards that were committed in the last seconds, before an event could say so."""
+        there = set(self.left) - set(self.seconds)
+        for measure_id in self._measure_ids:
+            there &= {path.stem for path in self._blobs.path(layout.receipts(measure_id)).glob("*.json")}
+        for shard_id in sorted(there):
+            keys = [layout.receipt(measure_id, shard_id) for measure_id in self._measure_ids]
+            try:
+                found = [Receipt.read(self._blobs.get(key), key).ran for key in keys]
+            except CensusError:
+                continue  # damaged: it will be analysed again
+            ran = max(found, key=lambda one: one["at"])
+            if self.plan["at"] <= ran["at"] <= self.seen_at + SILENT_SECONDS:
+                self._over({"shard_id": shard_id, "at": ran["at"]})
+                self.seconds[shard_id] = ran["seconds"]
+                self.seen_at = max(self.seen_at, ran["at"])
+
+    def _stragglers(self, running: dict[str, dict[str, Any]], now: float) -> tuple[Straggler, ...]:
+        if len(self.seconds) < _MIN_FOR_MEDIAN:
+            return ()
+        usual = statistics.median(self.seconds.values())
+        slow = {k: now - e["at"] for k, e in running.items()}
+        return tuple(
+            Straggler(
+                shard_id=shard_id,
+                worker=running[shard_id]["worker"],
+                node=running[shard_id]["node"],
+                seconds=seconds,
+                median_seconds=usual,
+            )
+            for shard_id, seconds in sorted(slow.items(), key=lambda item: (-item[1], item[0]))
+            if seconds > max(STRAGGLER_RATIO * usual, STRAGGLER_SECONDS)
+        )
+
+
+def _reason(event: dict[str, Any]) -> Reason:
+    return Reason(
+        shard_id=event.get("shard_id", ""), kind=event["kind"], message=event["message"], attempts=event["attempts"]
+    )
+
+
+def _lines(blobs: LocalBlobs, first: str) -> Iterator[bytes]:
+    """Of all files of a run's events."""
+    number = 0
+    while blobs.exists(layout.next_file(first, number)):
+        yield from json_lines.lines(blobs.get(layout.next_file(first, number)))
+        number += 1

@@ -1,0 +1,1 @@
+"""What tells two corpora, catalogs or snapshots apart?"""

@@ -1,0 +1,1 @@
+"""What does a feature do, and where does it come from?"""

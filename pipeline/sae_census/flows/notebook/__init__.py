@@ -1,0 +1,1 @@
+"""The notebook API over prompts and activations."""

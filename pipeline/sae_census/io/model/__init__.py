@@ -1,0 +1,1 @@
+"""The language model: its families, hooks, generation, and edits while it runs."""

@@ -1,0 +1,1 @@
+"""Files of a store: blobs, Zarr arrays, Parquet tables and their schemas."""

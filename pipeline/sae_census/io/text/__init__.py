@@ -1,0 +1,1 @@
+"""Texts from files, folders, addresses and the hub, row by row."""

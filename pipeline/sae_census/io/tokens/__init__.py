@@ -1,0 +1,1 @@
+"""The tokenizer: ids, texts of tokens, and the digest of its rules."""

@@ -1,0 +1,1 @@
+"""From text to a catalog: prepare, analyse a shard, merge, reduce, publish."""

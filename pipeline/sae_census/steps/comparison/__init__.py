@@ -1,0 +1,1 @@
+"""Two sides, feature by feature."""

@@ -1,0 +1,1 @@
+"""One prompt: its codes, its features, its answer."""

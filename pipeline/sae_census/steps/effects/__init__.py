@@ -1,0 +1,1 @@
+"""Ablation and tracing of one feature."""

@@ -1,0 +1,1 @@
+"""`sae-discover` and `sae-discover`: discovery under the name that its users know."""

@@ -1,0 +1,5 @@
+"""Run the command."""
+
+from sae_census.cli.discover import main
+
+main()
