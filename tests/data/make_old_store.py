@@ -1,12 +1,12 @@
 """How `old_store.zip` was made, by the last tree whose records had no digest of their own.
 
-That tree is commit bac1e58, whose package was `pipeline`, with `config`, `flows.analyze` and `flows.compact` in it; with
-these names below, it as the working directory, and its environment:
+That tree is commit bac1e58, whose package was `pipeline`, with `config`, `flows.analyze` and `flows.compact` in it;
+with these names below, it as the working directory, and its environment:
 
     PYTHONPATH=.:tests python …/tests/data/make_old_store.py old_store.zip
 
-It holds a model, its tokenizer, an SAE, two texts, and under `runs` what `sae-census analyze` made of the first of them:
-a catalog `old` in two snapshots, of measure format 3 and preparation format 1, compacted without pruning. Its numerics
+It holds a model, its tokenizer, an SAE, two texts, and under `runs` what the main job made of the first of them: a
+catalog `old` in two snapshots, of measure format 3 and preparation format 1, compacted without pruning. Its numerics
 are mixed, so that machines of any kind go on with it.
 """
 
