@@ -1,4 +1,4 @@
-"""A store is what docs/store.md says, read with json, zarr, pyarrow and hashlib alone, not with the package's readers."""
+"""A store is what docs/store.md says: read here with json, zarr, pyarrow and hashlib alone, and none of our readers."""
 
 import hashlib
 import json
