@@ -14,7 +14,7 @@ import pytest
 
 from sae_census.cli import discover as job
 from sae_census.findings import Discovery
-from sae_census.flows.discovery import discover as flow
+from sae_census.flows.discovery import batch as flow
 
 REPOSITORY = Path(__file__).parent.parent
 CSV_COLUMNS = [

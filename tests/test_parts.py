@@ -29,7 +29,8 @@ from sae_census.flows.census.fill import Filling
 from sae_census.flows.census.identity import identify
 from sae_census.flows.census.snapshots import build
 from sae_census.flows.census.verify import verify
-from sae_census.flows.discovery.discover import Batch, BatchWorker, open_discoverer, plan_of
+from sae_census.flows.discovery.batch import BatchSettings, BatchWorker
+from sae_census.flows.discovery.discover import open_discoverer, plan_of
 from sae_census.flows.effects.ablate import ablate
 from sae_census.flows.effects.trace import trace
 from sae_census.steps.census.logits import LogitSettings, LogitWorker
@@ -116,7 +117,7 @@ def test_a_part_that_is_swapped_after_planning_stops_attribution_and_batches_of_
     planned = identify(config).provenance
     settings = LogitSettings(model=config.model, saes=config.saes, logits=LogitsConfig(), threads=1, planned=planned)
     asked = DiscoveryConfig(model=config.model, saes=config.saes, threads=1, cache_mb=0)
-    batch = Batch(config=asked, planned=plan_of(asked), request={}, prompts="", parts=str(tmp_path))
+    batch = BatchSettings(config=asked, planned=plan_of(asked), request={}, prompts="", parts=str(tmp_path))
     LogitWorker(settings)
     BatchWorker(batch)
     with world.swapped(part):

@@ -17,9 +17,11 @@ from sae_census.cli.show import console, marked, printable
 from sae_census.config import ClusterConfig, DiscoverRequest, DiscoveryConfig, ModelConfig
 from sae_census.errors import ConfigError
 from sae_census.findings import Discovery, MeasuredFeature
-from sae_census.flows.discovery.discover import PASSED_OVER, discover, discover_batch
+from sae_census.flows.discovery.batch import discover_batch
+from sae_census.flows.discovery.discover import discover
 from sae_census.flows.discovery.rank_drift import rank_drift
 from sae_census.io import answers
+from sae_census.steps.discovery.lines import PASSED_OVER
 from sae_census.steps.model.sae_map import saes_named
 
 _LISTS = {"layers": int, "streams": str, "restrict_features": int}

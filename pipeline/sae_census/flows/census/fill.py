@@ -21,8 +21,9 @@ from sae_census.records import Failure, ShardRecord, SourceRecord, canonical
 from sae_census.steps.census import plan, preflight
 from sae_census.steps.census.preflight import FitProbe
 from sae_census.steps.census.prepare import Preparer, PrepareSettings, choose_shards, read_settings
+from sae_census.steps.census.sampling import sample_sizes
 from sae_census.steps.census.session import AnalysisSession
-from sae_census.steps.census.shard import Machine, ShardTask, sample_sizes
+from sae_census.steps.census.shard import Machine, ShardTask
 from sae_census.steps.cluster import connected, run_tasks
 from sae_census.steps.cluster.outcomes import Outcome, result_of
 from sae_census.steps.model.demands import Run

@@ -9,7 +9,7 @@ from sae_census.io.store.blobs import LocalBlobs
 from sae_census.io.text.folders import PassedOver
 from sae_census.steps.census import claims, plan
 from sae_census.steps.census.prepare import choose_shards, find_source, read_settings
-from sae_census.steps.census.shard import sample_sizes
+from sae_census.steps.census.sampling import sample_sizes
 
 _BYTES_PER_TOKEN = 4
 

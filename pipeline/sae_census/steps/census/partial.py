@@ -20,7 +20,7 @@ from sae_census.compute.numbers.stats import FeatureStats
 from sae_census.io.store.blobs import LocalBlobs
 from sae_census.io.store.zarr_files import Pack
 from sae_census.records import Node, Receipt, Stored
-from sae_census.steps.census.shard import shard_key
+from sae_census.steps.census.sampling import shard_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

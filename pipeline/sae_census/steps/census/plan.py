@@ -19,7 +19,8 @@ from sae_census.io.checkpoints import LoadedSae
 from sae_census.io.store.blobs import LocalBlobs
 from sae_census.records import Receipt, ShardRecord, digest_of
 from sae_census.steps.census import tree
-from sae_census.steps.census.shard import ShardTask, sample_sizes
+from sae_census.steps.census.sampling import sample_sizes
+from sae_census.steps.census.shard import ShardTask
 from sae_census.steps.store import entries, layout
 from sae_census.types import SiteKey
 

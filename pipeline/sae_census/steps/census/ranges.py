@@ -24,7 +24,7 @@ from sae_census.io.store.zarr_files import FEATURE_CHUNK
 from sae_census.steps.census import labels
 from sae_census.steps.census.columns import feature_columns, slice_arrays, slice_rows
 from sae_census.steps.census.partial import RangeTask, Unit
-from sae_census.steps.census.shard import LOW_OCTAVES, sample_sizes, shard_key
+from sae_census.steps.census.sampling import LOW_OCTAVES, sample_sizes, shard_key
 from sae_census.steps.census.spans import SpanAddresses, attach
 from sae_census.steps.census.units import Units
 from sae_census.steps.model.parts import Provenance, tokenizer_of

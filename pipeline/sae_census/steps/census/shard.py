@@ -21,8 +21,7 @@ from sae_census.compute.census import masks
 from sae_census.compute.census.census import FIT_EVERY, SiteCensus
 from sae_census.compute.numbers.codes import Codes
 from sae_census.compute.numbers.documents import document_grid
-from sae_census.compute.numbers.samples import SampleSizes
-from sae_census.config import AnalyzeConfig, SamplingConfig
+from sae_census.config import AnalyzeConfig
 from sae_census.errors import NumericsError, ShardError
 from sae_census.io.loading.versions import others, versions
 from sae_census.io.model import device
@@ -30,37 +29,11 @@ from sae_census.io.model.device import choose_device
 from sae_census.io.store import tables, zarr_files
 from sae_census.io.store.blobs import LocalBlobs
 from sae_census.records import Receipt, ShardRecord, Stored
+from sae_census.steps.census.sampling import sample_sizes, shard_key
 from sae_census.steps.model.parts import Provenance
 from sae_census.steps.model.reader import Reader
 from sae_census.steps.store import layout
 from sae_census.types import HookPoint, SiteKey
-
-
-def shard_key(shard_id: str) -> int:
-    """The 64 bits of a shard's id that enter keyed hashes."""
-    return int(shard_id[:16], 16)
-
-
-LOW_OCTAVES = 2
-"""`low_activating` draws from codes at least this many octaves below the maximum's."""
-
-
-def sample_sizes(sampling: SamplingConfig, partial_format: int) -> SampleSizes:
-    """The sizes that a partial keeps: bands enough, and enough of each, to draw `low_activating` exactly.
-
-    Args:
-        sampling: of the config.
-        partial_format: partials of format 3 keep no silent contexts of single features.
-    """
-    low = sampling.low_activating
-    return SampleSizes(
-        top=sampling.top,
-        random=sampling.random,
-        bands=max(sampling.bands, LOW_OCTAVES if low else 0),
-        per_band=max(sampling.per_band, low),
-        silent=sampling.silent,
-        non_activating=sampling.non_activating if partial_format > 3 else 0,
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
