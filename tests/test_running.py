@@ -308,7 +308,7 @@ def test_the_compiler_has_its_own_stance_again_after_the_last_block(model: Inter
     assert stance() == "default"
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
 def test_models_that_never_call_hooks_are_refused_by_name(model: InterpretableModel) -> None:
     plain = logits(model)
     inner: Any = model.model
