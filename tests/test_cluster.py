@@ -87,9 +87,9 @@ def test_a_worker_that_cannot_start_for_a_users_reason_says_so() -> None:
 
 def test_what_a_library_warns_of_in_the_workers_is_told_once_by_the_driver(capsys: pytest.CaptureFixture[str]) -> None:
     def misbehave(task: int) -> None:
-        from sae_census.io.loading import told
+        from sae_census.io.loading import library_warnings
 
-        told.tell("rows of a worker are wrong")
+        library_warnings.pass_on("rows of a worker are wrong")
 
     by_task(run_tasks(toy(misbehave), range(4), RAY))
     assert capsys.readouterr().err.count("warning: rows of a worker are wrong\n") == 1

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from sae_census.config import ModelConfig
-from sae_census.io.loading import told
+from sae_census.io.loading import library_warnings
 from sae_census.io.model.language_model import LanguageModel
 from sae_census.io.tokens.tokenizer import Tokenizer
 from sae_census.steps.model.parts import tokenizer_of
@@ -42,7 +42,7 @@ def test_a_wrong_rule_of_mistral_is_told_once_and_mended_on_request(
     Tokenizer(str(mistral))
     lines = capsys.readouterr().err.splitlines()
     assert [line.startswith("warning: ") and SAID in line for line in lines] == [True]
-    assert any(SAID in line for line in told.so_far())
+    assert any(SAID in line for line in library_warnings.passed_on())
     kept, mended = (tokenizer_of(ModelConfig(id=str(mistral), fix_mistral_regex=fix)) for fix in (False, True))
     assert capsys.readouterr().err == ""
     ids = [tokenizer.encode(["aBaB a12"])[0] for tokenizer in (old, kept, mended)]
@@ -58,7 +58,7 @@ def test_a_model_passes_the_mending_on_to_its_tokenizer(model_dir: Path) -> None
 
 
 def test_warnings_of_libraries_are_told_once_and_noise_is_not(capsys: pytest.CaptureFixture[str]) -> None:
-    with warnings.catch_warnings(), told.hearing():
+    with warnings.catch_warnings(), library_warnings.captured():
         warnings.simplefilter("always")
         for name in ("transformers.some", "huggingface_hub.some", "datasets.some"):
             getLogger(name).warning("rows of %s are \x1b[31mwrong\x1b[0m\n  here", name)

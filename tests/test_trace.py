@@ -178,8 +178,8 @@ def test_parts_are_the_streams_that_transformers_reports(paths, model):
 
 
 def test_rows_of_the_vocabulary_are_what_its_tokens_write_without_their_position(paths):
-    passage = paths.read(IDS, [HookPoint(0, "resid_pre")], range(len(IDS))).passage
-    torch.testing.assert_close(paths.embedding_rows()[IDS], passage.embed, rtol=1e-5, atol=1e-5)
+    writes = paths.read(IDS, [HookPoint(0, "resid_pre")], range(len(IDS))).writes
+    torch.testing.assert_close(paths.embedding_rows()[IDS], writes.embed, rtol=1e-5, atol=1e-5)
 
 
 # --- each part is what its ablation takes away ---
@@ -261,7 +261,7 @@ def test_a_source_token_and_a_head_bring_what_ablating_them_takes_away(name):
 
         change = pre_activation() - ablated(model, module, "out", silence, pre_activation)
         close(one.heads[layer][:, source].sum(), change, max(abs(one.pre_activation), 1.0))
-    values = paths.read(IDS, [point], [position]).passage.attention[layer].value_bias
+    values = paths.read(IDS, [point], [position]).writes.attention[layer].value_bias
     group = paths.num_heads // len(values)
     for head in range(paths.num_heads):
 
@@ -660,8 +660,8 @@ def test_text_of_a_corpus_cannot_become_markup() -> None:
         cells = tuple(report.Cell(text=text, shade=0.5, hint=text) for text in texts)
         grid = report.Grid(caption=caption, header=(header,), rows=(cells,))
         line = report.Line(caption=caption, tokens=cells, peak=1)
-        chapter = report.Chapter(title=title, note=note, tables=(grid,), lines=(line,))
-        return report.page(title, note, [chapter]).decode()
+        section = report.Section(title=title, note=note, tables=(grid,), lines=(line,))
+        return report.page(title, note, [section]).decode()
 
     body, harmless = page_of(HOSTILE), page_of(["a", "b", "c", "d"])
     for mark in "<>\"'":  # hostile text adds no character that markup is made of

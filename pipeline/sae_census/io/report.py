@@ -94,7 +94,7 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chapter:
+class Section:
     """A heading with what stands under it."""
 
     title: str
@@ -103,7 +103,7 @@ class Chapter:
     lines: tuple[Line, ...] = ()
 
 
-def page(title: str, note: str, sections: Iterable[Chapter]) -> bytes:
+def page(title: str, note: str, sections: Iterable[Section]) -> bytes:
     """A whole page that needs no other file."""
     return _template().render(title=title, note=note, sections=list(sections)).encode()
 

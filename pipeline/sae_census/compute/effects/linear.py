@@ -92,7 +92,7 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Passage:
+class ResidualWrites:
     """What a model wrote into the residual stream at Q tokens of one context, block by block."""
 
     positions: tuple[int, ...]
@@ -161,7 +161,7 @@ def read_out(sae: SparseAutoencoder, x: Float[Tensor, " D"], feature: int) -> tu
 
 
 def split_stream(
-    passage: Passage,
+    writes: ResidualWrites,
     query: int,
     read: Float64[Tensor, " D"],
     *,
@@ -173,27 +173,27 @@ def split_stream(
 ) -> Split:
     """Split what `read` reads of the residual stream at query `query` after so many attentions and MLPs."""
     heads, biases = [], []
-    for attention in passage.attention[:num_attention]:
+    for attention in writes.attention[:num_attention]:
         by_head, bias = attention.pull(read, query)
         brought, value_bias = attention.contributions(by_head, query)
-        heads.append(brought[:, : passage.positions[query] + 1].cpu().numpy())
+        heads.append(brought[:, : writes.positions[query] + 1].cpu().numpy())
         biases.append(bias + value_bias)
     none = np.zeros((0, 0, 0))
     return Split(
         pre_activation=pre_activation,
-        embed=float(passage.embed[query].double() @ read),
-        position=float(passage.position[query].double() @ read),
+        embed=float(writes.embed[query].double() @ read),
+        position=float(writes.position[query].double() @ read),
         first_layer=0,
         heads=np.stack(heads) if heads else none,
         head_biases=np.array(biases, np.float64),
-        mlps=np.array([float(wrote[query].double() @ read) for wrote in passage.mlps[:num_mlps]], np.float64),
+        mlps=np.array([float(wrote[query].double() @ read) for wrote in writes.mlps[:num_mlps]], np.float64),
         sae_bias=sae_bias,
         intercept=intercept,
     )
 
 
 def split_attention(
-    passage: Passage,
+    writes: ResidualWrites,
     query: int,
     heads: Float64[Tensor, "H E"],
     *,
@@ -203,13 +203,13 @@ def split_attention(
     sae_bias: float,
 ) -> Split:
     """Split what is read of one block's heads, before or behind its output matrix."""
-    brought, value_bias = passage.attention[layer].contributions(heads, query)
+    brought, value_bias = writes.attention[layer].contributions(heads, query)
     return Split(
         pre_activation=pre_activation,
         embed=0.0,
         position=0.0,
         first_layer=layer,
-        heads=brought[None, :, : passage.positions[query] + 1].cpu().numpy(),
+        heads=brought[None, :, : writes.positions[query] + 1].cpu().numpy(),
         head_biases=np.array([bias + value_bias]),
         mlps=np.zeros(0),
         sae_bias=sae_bias,

@@ -119,7 +119,7 @@ def analyze_linearized_feature(
     result |= _best(model, "token", result["tokens"], n_tokens)
     result["attention layer"] = layer if wrote else None
     if wrote:
-        attention = readings.passage.attention[layer]
+        attention = readings.writes.attention[layer]
         result["direct path"] = ((stream - readings.streams[wrote[0]]).double() @ mid).cpu()
         result |= _by_head(attention, mid)
         for name, scores in zip(READ_OUTS, _read_outs(paths, layer, attention, mid, token_idx, embedding), strict=True):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sae_census.io.report import Cell, Chapter, Grid, Line
+from sae_census.io.report import Cell, Grid, Line, Section
 
 Row = Mapping[str, Any]
 PARTS = ("embed", "position", "head", "mlp", "bias", "intercept")
@@ -93,7 +93,7 @@ def label_of(row: Row) -> str:
             return str(other)
 
 
-def chapter(one: Origins, rows: Sequence[Row]) -> Chapter:
+def section(one: Origins, rows: Sequence[Row]) -> Section:
     """A feature on the page: its origins, then each span with what heads brought from every token.
 
     Args:
@@ -103,7 +103,7 @@ def chapter(one: Origins, rows: Sequence[Row]) -> Chapter:
     spans: dict[tuple[str, int], list[Row]] = defaultdict(list)
     for row in rows:
         spans[_span(row)].append(row)
-    return Chapter(
+    return Section(
         title=f"{one.hook_point}  {one.sae}  feature {one.feature_id}",
         note=f"{one.num_spans} spans, mean pre-activation {one.pre_activation:.4g}",
         tables=(

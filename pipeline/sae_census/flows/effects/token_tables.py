@@ -11,7 +11,7 @@ from sae_census.compute.effects.tangent import strongest
 from sae_census.flows.effects.linearized import READ_OUTS
 from sae_census.io import report
 from sae_census.io.model.language_model import LanguageModel
-from sae_census.io.report import Cell, Chapter, Grid
+from sae_census.io.report import Cell, Grid, Section
 from sae_census.io.store import tables
 from sae_census.io.store.blobs import LocalBlobs
 
@@ -108,7 +108,7 @@ def save_linearized(
         f"pre-activations have rank correlation {quality.rank_correlation:.2f} and agree in sign on "
         f"{quality.sign_agreement:.0%} of tokens."
     )
-    sections = [Chapter(title=name, tables=(_grid(table),)) for name, table in found.items()]
+    sections = [Section(title=name, tables=(_grid(table),)) for name, table in found.items()]
     blobs.put("linearized.html", report.page(f"Feature {result['feature_idx']}, linearised", note, sections))
     return blobs.root
 

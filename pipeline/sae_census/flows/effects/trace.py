@@ -19,7 +19,7 @@ from sae_census.config import AnalyzeConfig, TraceConfig
 from sae_census.errors import CensusError, ConfigError
 from sae_census.flows.catalog.choice import chosen_features
 from sae_census.flows.catalog.reader import Catalog
-from sae_census.flows.effects.origins import Origins, chapter, origins
+from sae_census.flows.effects.origins import Origins, origins, section
 from sae_census.io import report
 from sae_census.io.checkpoints import LoadedSae
 from sae_census.io.model.device import choose_device
@@ -111,7 +111,7 @@ def trace(config: TraceConfig, say: Callable[[str], None] | None = None) -> Trac
         "What a feature's pre-activation is made of at the peaks of its spans: the parts add up to it. Text is shaded "
         "by what attention heads brought from each token: orange raises the feature, blue lowers it. "
         f"{len(found)} of {len(by_feature)} features are shown.",
-        [chapter(one, mine) for one, mine in zip(found, rows, strict=True)],
+        [section(one, mine) for one, mine in zip(found, rows, strict=True)],
     )
     return Tracing(
         folder=_publish(config, catalog, table, page),

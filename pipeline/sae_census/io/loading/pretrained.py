@@ -18,7 +18,7 @@ import torch
 
 from sae_census.errors import CheckpointError
 from sae_census.io import embedded
-from sae_census.io.loading import gguf_tokenizer, soundness, told
+from sae_census.io.loading import gguf_tokenizer, library_warnings, soundness
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 MODEL_PATTERNS = (*WEIGHT_PATTERNS, "config.json")
@@ -34,7 +34,7 @@ def _quiet() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    told.listen()
+    library_warnings.take_over()
 
 
 def _sha256(paths: Iterable[Path]) -> str:
@@ -59,7 +59,7 @@ def _convert_gguf(path: Path) -> Path:
 
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with told.hearing(), contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
+        with library_warnings.captured(), contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
             tokenizer = tokenizer_of_gguf(path)
             model = _load_gguf(path)
         # The loader leaves the quantisation's description in the config, and then refuses to save itself.

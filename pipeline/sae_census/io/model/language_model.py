@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_census.errors import CheckpointError
-from sae_census.io.loading import told
+from sae_census.io.loading import library_warnings
 from sae_census.io.loading.pretrained import first_line, model_digest, resolve
 from sae_census.io.loading.soundness import (
     MissingHead,
@@ -58,7 +58,7 @@ def model_facts(
 
     source = resolve(model_id, revision)
     try:
-        with told.hearing():
+        with library_warnings.captured():
             whole = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # the hub, the cache and the parsers each have errors of their own
         raise CheckpointError(f"model.id {model_id} has no readable config: {first_line(error)}") from error
@@ -114,7 +114,7 @@ class LanguageModel:
         source = resolve(model_id, revision)
         heard: list[str] = []
         try:
-            with told.hearing() as heard:
+            with library_warnings.captured() as heard:
                 self.inner, report = AutoModelForCausalLM.from_pretrained(
                     source,
                     revision=revision,
@@ -127,7 +127,7 @@ class LanguageModel:
             reason = converted_wrongly(heard) or first_line(error)
             raise CheckpointError(f"no model could be loaded from {model_id}: {reason}") from error
         if left_out := check_report(self.inner, report, model_id):
-            told.tell(
+            library_warnings.pass_on(
                 f"{len(left_out)} tensors of model {model_id} belong to no part of this architecture and were left "
                 f"out: {listed(left_out)}"
             )

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae_census.compute.effects.linear import Attention, FrozenNorm, Passage, freeze
+from sae_census.compute.effects.linear import Attention, FrozenNorm, ResidualWrites, freeze
 from sae_census.errors import CheckpointError
 from sae_census.io.model.blocks import Block, bias_of, block_of, matrix
 from sae_census.io.model.hooks import Captures, check_point, find_blocks, taps_of
@@ -28,7 +28,7 @@ _IDS = 4096
 class Readings:
     """One context, read at some tokens."""
 
-    passage: Passage
+    writes: ResidualWrites
     streams: dict[HookPoint, Tensor]
     """(Q, D) by hook point: those asked for, and the residual points that they are functions of."""
 
@@ -144,14 +144,14 @@ class Paths:
         at = {point: value[0, where] for point, value in got.items()}
         origin = at[HookPoint(0, "resid_pre")]
         position = self._position(where, origin)
-        passage = Passage(
+        writes = ResidualWrites(
             positions=tuple(positions),
             embed=origin - position,
             position=position,
             attention=tuple(self._attention(layer, watch) for layer in range(num_attention)),
             mlps=tuple(at[HookPoint(layer, "mlp_out")] for layer in range(num_mlps)),
         )
-        return Readings(passage=passage, streams={point: at[point] for point in {*wanted, *bases}})
+        return Readings(writes=writes, streams={point: at[point] for point in {*wanted, *bases}})
 
     def _position(self, where: Tensor, like: Tensor) -> Tensor:
         learned = getattr(self._base, "wpe", None)

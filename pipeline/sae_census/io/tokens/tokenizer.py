@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from sae_census.errors import CheckpointError, ConfigError
-from sae_census.io.loading import told
+from sae_census.io.loading import library_warnings
 from sae_census.io.loading.pretrained import digest, first_line, resolve
 from sae_census.io.tokens.token_texts import TokenTexts
 from sae_census.io.tokens.tokenizer_rules import rules_digest
@@ -39,7 +39,7 @@ class Tokenizer:
         self._source = resolve(model_id, revision)
         chosen = {} if fix_mistral_regex is None else {"fix_mistral_regex": fix_mistral_regex}
         try:
-            with told.hearing():
+            with library_warnings.captured():
                 self._inner = AutoTokenizer.from_pretrained(
                     self._source, revision=revision, trust_remote_code=trust_remote_code, **chosen
                 )

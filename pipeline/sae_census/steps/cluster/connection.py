@@ -35,7 +35,7 @@ def connected(settings: ClusterConfig) -> Iterator[None]:
         yield
         return
     if ":" in settings.address:
-        _knock(settings.address)
+        _check_reachable(settings.address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
         if settings.address == "local":
@@ -65,7 +65,7 @@ def _leave_early() -> None:
         libc.on_exit(libc._exit, None)
 
 
-def _knock(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Where nothing listens, Ray tries for minutes and then ends the process instead of raising."""
     host, port = address.removeprefix("ray://").rsplit(":", 1)
     try:

@@ -44,7 +44,7 @@ class Reply:
     kind: str = ""
     message: str = ""
     details: str = ""
-    told: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     """What libraries have warned of in the worker so far."""
 
     def checked(self) -> "Reply":

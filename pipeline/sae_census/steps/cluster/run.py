@@ -21,10 +21,10 @@ from typing import Any
 
 from sae_census.config import ClusterConfig
 from sae_census.errors import CensusError, NumericsError
-from sae_census.io.loading import told
+from sae_census.io.loading import library_warnings
 from sae_census.steps.cluster.meters import Meters
 from sae_census.steps.cluster.outcomes import Outcome, Worker
-from sae_census.steps.cluster.places import Hired, Places
+from sae_census.steps.cluster.places import PlacedActor, Places
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 Describe = Callable[[Any], dict[str, Any]]
@@ -42,7 +42,7 @@ class _Job:
 class _Flight:
     """A call in flight: a job, or placing and starting a worker if there is none."""
 
-    worker: Hired
+    worker: PlacedActor
     job: _Job | None
     deadline: float
     began: float = field(default_factory=time.monotonic)
@@ -68,7 +68,7 @@ class RayRun:
         self._todo = deque(_Job(task) for task in tasks)
         self._solo: deque[_Job] = deque()
         self._flights: dict[Any, _Flight] = {}
-        self._idle: list[Hired] = []
+        self._idle: list[PlacedActor] = []
         self._seconds: defaultdict[int, list[float]] = defaultdict(list)
         self._failed_starts = 0
         self._make = ray.put(make)
@@ -116,12 +116,12 @@ class RayRun:
         for worker in self._places.leaving():
             if worker in self._idle:
                 self._idle.remove(worker)
-                self._places.dismiss(worker)
+                self._places.stop(worker)
                 self._on_event("worker_left", {"message": "its node is to be taken back", **self._facts(worker, None)})
 
     def _grow(self, proven: bool) -> None:
         for worker in self._places.grow(len(self._todo) + self._busy() if proven else None):
-            self._flights[worker.actor.node.remote()] = _Flight(worker, None, math.inf)
+            self._flights[worker.handle.node.remote()] = _Flight(worker, None, math.inf)
         if message := self._places.await_room():
             self._on_event("waiting", {"message": message})
 
@@ -131,10 +131,10 @@ class RayRun:
         if self._solo and self._idle and not self._todo and not self._busy():
             self._send(self._idle.pop(), self._solo.popleft())
 
-    def _send(self, worker: Hired, job: _Job) -> None:
+    def _send(self, worker: PlacedActor, job: _Job) -> None:
         job.attempts += 1
         deadline = time.monotonic() + self._limit(self._seconds[worker.kind])
-        self._flights[worker.actor.run.remote(job.task)] = _Flight(worker, job, deadline)
+        self._flights[worker.handle.run.remote(job.task)] = _Flight(worker, job, deadline)
         if self._describe(job.task):
             self._on_event("task_started", self._facts(worker, job))
 
@@ -144,7 +144,7 @@ class RayRun:
             return self._settings.deadline_seconds
         return max(300.0, 20 * statistics.median(seconds)) if seconds else 3600.0
 
-    def _facts(self, worker: Hired, job: _Job | None) -> dict[str, Any]:
+    def _facts(self, worker: PlacedActor, job: _Job | None) -> dict[str, Any]:
         about = self._describe(job.task) if job else {}
         return {**about, "worker": worker.number, "node": worker.node, "attempts": job.attempts if job else 0}
 
@@ -160,13 +160,13 @@ class RayRun:
         if not worker.node:
             worker.node = reply
             deadline = time.monotonic() + _START_SECONDS
-            self._flights[worker.actor.start.remote(self._make)] = _Flight(worker, None, deadline)
+            self._flights[worker.handle.start.remote(self._make)] = _Flight(worker, None, deadline)
             return None
         if flight.job is None and isinstance(reply.user_error, NumericsError):
             self._refuse(worker, reply.user_error)
             return None
-        for text in reply.told:  # nobody reads what a worker writes to its own stderr
-            told.tell(text)
+        for text in reply.warnings:  # nobody reads what a worker writes to its own stderr
+            library_warnings.pass_on(text)
         reply.checked()
         if flight.job is None:
             if reply.kind:
@@ -182,16 +182,16 @@ class RayRun:
         self._meters.count(done, self._describe(done.task).get("tokens", 0), seconds)
         return done
 
-    def _refuse(self, worker: Hired, error: NumericsError) -> None:
+    def _refuse(self, worker: PlacedActor, error: NumericsError) -> None:
         """Do without a node; if it was the only one that fits, the next look at the capacity ends the run."""
-        self._places.dismiss(worker)
+        self._places.stop(worker)
         self._meters.lose()
         self._places.refuse(worker.node, error)
         self._on_event("worker_refused", {"kind": "NumericsError", "message": str(error), **self._facts(worker, None)})
 
     def _lost(self, flight: _Flight, kind: str, message: str) -> Outcome[Any, Any] | None:
         """A worker is gone or must go: replace it, and give its task another chance if it has one."""
-        self._places.dismiss(flight.worker)  # "unavailable" may still be running
+        self._places.stop(flight.worker)  # "unavailable" may still be running
         self._meters.lose()
         job = flight.job
         # A node that leaves cancels what was on its way to it; while others work, that is no failed start.

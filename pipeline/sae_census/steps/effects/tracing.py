@@ -64,7 +64,7 @@ def split(paths: Paths, input_ids: Tensor, probes: Sequence[Probe]) -> list[Spli
     splits = []
     for probe in probes:
         query = positions.index(probe.position)
-        one = _split_one(paths, readings.passage, readings.streams, probe, query)
+        one = _split_one(paths, readings.writes, readings.streams, probe, query)
         rest = abs(one.total - one.pre_activation)
         if not rest <= TOLERANCE * one.magnitude:
             raise ShardError(
@@ -76,7 +76,7 @@ def split(paths: Paths, input_ids: Tensor, probes: Sequence[Probe]) -> list[Spli
 
 
 def _split_one(
-    paths: Paths, passage: linear.Passage, streams: dict[HookPoint, Tensor], probe: Probe, query: int
+    paths: Paths, writes: linear.ResidualWrites, streams: dict[HookPoint, Tensor], probe: Probe, query: int
 ) -> Split:
     point = probe.hook_point
     here = streams[point][query]
@@ -86,9 +86,9 @@ def _split_one(
     if base is None:
         heads, bias = read.unflatten(0, (paths.num_heads, -1)), 0.0
         if point.stream == "attn_out":
-            heads, bias = passage.attention[point.layer].pull(read, query)
+            heads, bias = writes.attention[point.layer].pull(read, query)
         return linear.split_attention(
-            passage, query, heads, layer=point.layer, pre_activation=value, bias=bias, sae_bias=constant
+            writes, query, heads, layer=point.layer, pre_activation=value, bias=bias, sae_bias=constant
         )
     intercept = 0.0
     if base != point:
@@ -98,7 +98,7 @@ def _split_one(
         _, read = tangent.slope(lambda x: tail(x).double() @ behind, at)
         intercept = value - constant - float(at.double() @ read)
     return linear.split_stream(
-        passage,
+        writes,
         query,
         read,
         num_attention=base.layer + (base.stream != "resid_pre"),

@@ -32,63 +32,63 @@ NOISE = tuple(
 _ABOUT_CODE = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning)
 """Python's warnings for whoever writes code: what is computed today is as it should be."""
 
-_told: dict[str, None] = {}
+_passed: dict[str, None] = {}
 _streams: list[TextIO] = []
-_heard: list[list[str]] = []
+_captured: list[list[str]] = []
 
 
-def tell(text: str) -> None:
+def pass_on(text: str) -> None:
     """Pass a warning on, unless it is noise or was passed on before."""
     text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
-    if text in _told or any(noise.search(text) for noise in NOISE):
+    if text in _passed or any(noise.search(text) for noise in NOISE):
         return
-    _told[text] = None
+    _passed[text] = None
     (_streams[0] if _streams else sys.stderr).write(f"warning: {text}\n")
 
 
-def so_far() -> list[str]:
+def passed_on() -> list[str]:
     """Every warning that this process passed on, in the order it came."""
-    return list(_told)
+    return list(_passed)
 
 
-class _Ear(Handler):
+class _LogHandler(Handler):
     def emit(self, record: LogRecord) -> None:
-        for heard in _heard:
-            heard.append(record.getMessage())
-        tell(record.getMessage())
+        for lines in _captured:
+            lines.append(record.getMessage())
+        pass_on(record.getMessage())
 
 
-_ear = _Ear(WARNING)
+_handler = _LogHandler(WARNING)
 
 
-def listen() -> None:
-    """Take over what the libraries log, from now on; ours is the only voice of a job."""
+def take_over() -> None:
+    """Take over what the libraries log, from now on; only ours are printed."""
     for name in _LOGGERS:
         logger = getLogger(name)
         for handler in logger.handlers[:]:
             if type(handler) is StreamHandler:
                 logger.removeHandler(handler)
-        logger.addHandler(_ear)  # a handler that is there is not added again
+        logger.addHandler(_handler)  # a handler that is there is not added again
         logger.propagate = False
         if logger.getEffectiveLevel() > WARNING:
             logger.setLevel(WARNING)
 
 
 @contextmanager
-def hearing() -> Iterator[list[str]]:
+def captured() -> Iterator[list[str]]:
     """While something loads: what is logged or warned of is passed on, also where stderr is taken away meanwhile.
 
     Yields what is logged, noise and all, for whoever explains an error.
     """
-    listen()
+    take_over()
     _streams.append(sys.stderr)
-    _heard.append([])
+    _captured.append([])
     try:
         with warnings.catch_warnings(record=True) as caught:
-            yield _heard[-1]
+            yield _captured[-1]
     finally:
         for warning in caught:
             if not issubclass(warning.category, _ABOUT_CODE):
-                tell(str(warning.message))
+                pass_on(str(warning.message))
         _streams.pop()
-        _heard.pop()
+        _captured.pop()
