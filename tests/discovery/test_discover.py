@@ -1057,7 +1057,7 @@ for number in range(300):
 
 def test_processes_share_a_cache(tmp_path):
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "cache")], cwd=Path(__file__).parent.parent)
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "cache")], cwd=Path(__file__).parents[2])
         for _ in range(2)
     ]
     assert [writer.wait(120) for writer in writers] == [0, 0]
