@@ -28,6 +28,9 @@ TOPICS = (
 )
 BOILERPLATE = "All rights reserved by the bridge company. Read the list of names before you return."
 
+LONGEST = ("cluster", "classes", "nodes", "namespaces", "laws", "compact", "discover_cli")
+"""Test files that take the most time, the longest first: two processes that share the suite start with them."""
+
 MakeConfig = Callable[..., AnalyzeConfig]
 # Ray's client server needs it, and a process that has once used Ray does not notice a change: its next cluster would
 # take it for dead and end its actors.
@@ -40,6 +43,11 @@ settings.register_profile("explore", derandomize=False, database=None, deadline=
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("same" if config.getoption("hypothesis_seed") is None else "explore")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def sentences(rng: random.Random, num_words: int) -> str:

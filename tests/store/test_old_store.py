@@ -38,7 +38,7 @@ RANKED = {"ranking": {"score": "max"}}
 @pytest.fixture
 def old(tmp_path: Path) -> Iterator[Path]:
     """The frozen store, with the model, SAE and text that it was made of; the second text is not there yet."""
-    with zipfile.ZipFile(Path(__file__).parent / "data" / "old_store.zip") as archive:
+    with zipfile.ZipFile(Path(__file__).parents[1] / "data" / "old_store.zip") as archive:
         archive.extractall(tmp_path)
     (tmp_path / "texts" / "b.jsonl").rename(tmp_path / "b.jsonl")
     return tmp_path

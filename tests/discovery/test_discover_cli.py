@@ -16,7 +16,7 @@ from sae_census.cli import discover as job
 from sae_census.findings import Discovery
 from sae_census.flows.discovery import batch as flow
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 CSV_COLUMNS = [
     "feature_id", "layer", "stream", "score", "mean", "coverage", "max", "selectivity", "proto_label",
     "top_span_text",

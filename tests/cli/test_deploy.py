@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from sae_census.cli import command
 from sae_census.config import AnalyzeConfig, SweepConfig
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "scripts" / "deploy"
 KUBERNETES = "1.33"
 # Hydra leaves the handling of its log files to the garbage collector

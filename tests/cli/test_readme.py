@@ -13,7 +13,7 @@ from sae_census.cli import JOBS
 from sae_census.flows.catalog.reader import Catalog
 from sae_census.flows.census.analyze import analyze
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HOME = "runs/catalogs/demo/000001"
 
