@@ -100,5 +100,17 @@ class SiteKey:
     sae: str
     """The SAE's name, unique in a run."""
 
+    @classmethod
+    def parse(cls, site: str) -> "SiteKey":
+        """Read a site from what `str` makes of it: `blocks.15.hook_resid_post/<sae>`.
+
+        Raises:
+            ConfigError: if it is none.
+        """
+        point, slash, sae = site.rpartition("/")
+        if not slash or not sae:
+            raise ConfigError(f"site {site!r} is not known; expected <hook point>/<SAE>")
+        return cls(HookPoint.parse(point), sae)
+
     def __str__(self) -> str:
         return f"{self.hook_point}/{self.sae}"

@@ -29,8 +29,10 @@ from sae_census.errors import CheckpointError, ConfigError, CorruptError, Identi
 from sae_census.flows.catalog.attribute import attribute
 from sae_census.flows.census.analyze import analyze
 from sae_census.flows.census.verify import verify
-from sae_census.io.model.hooks import FAMILIES, find_blocks, taps_of
-from sae_census.io.model.unembedding import FINAL_NORMS, read_unembedding, read_writing
+from sae_census.io.model import families
+from sae_census.io.model.families import FAMILIES
+from sae_census.io.model.hooks import find_blocks
+from sae_census.io.model.unembedding import read_unembedding, read_writing
 from sae_census.io.store import tables
 from sae_census.steps.census.logits import LogitSettings, LogitWorker, top_tokens
 from sae_census.steps.census.partial import RangeTask
@@ -235,7 +237,7 @@ class Head(NamedTuple):
 
 
 def streams_of(head: Head) -> set[str]:
-    return set(taps_of(head.model.config.get_text_config().model_type))
+    return set(families.family_of(head.model.config.get_text_config().model_type).streams)
 
 
 def build_head(name: str) -> Head:
@@ -271,7 +273,7 @@ def whole_table(found: LogitEffects) -> np.ndarray:
 
 def test_every_family_of_the_hooks_has_a_final_norm():
     assert (
-        set(FINAL_NORMS)
+        {name for name, family in FAMILIES.items() if family.final_norm}
         == set(FAMILIES) - {"nanochat"}
         == {name.split()[0] for name in (*LAYOUTS, "gemma3")} - {"nanochat"}
     )

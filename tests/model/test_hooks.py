@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from sae_census.errors import ConfigError
-from sae_census.io.model.hooks import FAMILIES, Captures, find_blocks, taps_of
+from sae_census.io.model.families import FAMILIES, family_of, streams_of
+from sae_census.io.model.hooks import Captures, find_blocks
 from sae_census.types import STREAMS, HookPoint, Stream
 
 NUM_LAYERS = 2
@@ -118,9 +119,7 @@ def build(name: str) -> Tiny:
         model = AutoModel.from_config(AutoConfig.for_model(name.split()[0], **TINY, **layout.config)).eval()
         for weight in model.parameters():
             nn.init.normal_(weight, std=0.4)
-    config = model.config
-    taps = taps_of(config.model_type, parallel_residual=getattr(config, "use_parallel_residual", True))
-    return Tiny(layout, model.requires_grad_(False), find_blocks(model, NUM_LAYERS), taps)
+    return Tiny(layout, model.requires_grad_(False), find_blocks(model, NUM_LAYERS), streams_of(model.config))
 
 
 def skip_without(tiny: Tiny, stream: Stream) -> None:
@@ -301,7 +300,7 @@ def test_an_unknown_family_is_refused_with_the_known_ones():
     with pytest.raises(
         ConfigError, match=r"^model family 'mamba' is not supported; expected one of gemma, .*qwen3_moe$"
     ):
-        taps_of("mamba")
+        family_of("mamba")
 
 
 def test_the_blocks_are_found_beside_a_vision_tower_of_the_same_depth():

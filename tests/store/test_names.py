@@ -26,7 +26,7 @@ from sae_census.steps.discovery.background import snapshot_folder
 from sae_census.steps.model.reader import load_saes
 from sae_census.steps.store import entries
 from sae_census.steps.store.ledger import Ledger, SweepRun
-from sae_census.types import HookPoint, SiteKey, twins, wrong_with_name
+from sae_census.types import STREAMS, HookPoint, SiteKey, Stream, twins, wrong_with_name
 
 BAD = [
     "", ".", "..", "a/b", "/a", "a\\b", ".a", "-a", "_a", "a b", " a", "a\n", "a\0", "Zürich", "日本", "x" * 201, "a:b",
@@ -44,9 +44,22 @@ def test_one_pattern_says_what_a_name_is(name: str) -> None:
 def test_a_name_is_one_folder_and_one_part_of_a_key(name: str) -> None:
     if wrong_with_name(name) is None:
         assert Path("x", name).parts == ("x", name)
-        assert str(SiteKey(HookPoint(1, "resid_post"), name)).rsplit("/", 1)[1] == name
+        site = SiteKey(HookPoint(1, "resid_post"), name)
+        assert SiteKey.parse(str(site)) == site
         assert name.isascii()
         assert name.isprintable()
+
+
+@given(st.sampled_from(STREAMS), st.integers(0, 999), st.sampled_from(GOOD))
+def test_a_site_is_read_back_from_what_it_is_written_as(stream: Stream, layer: int, name: str) -> None:
+    site = SiteKey(HookPoint(layer, stream), name)
+    assert SiteKey.parse(str(site)) == site
+
+
+@pytest.mark.parametrize("given", ["", "sae", "/sae", "blocks.1.hook_resid_post", "blocks.1.hook_resid_post/", "a/b"])
+def test_what_is_no_site_is_refused_with_what_was_given(given: str) -> None:
+    with pytest.raises(ConfigError, match="is not known; expected"):
+        SiteKey.parse(given)
 
 
 def test_twins_differ_by_case_only() -> None:

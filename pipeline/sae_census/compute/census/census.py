@@ -94,7 +94,7 @@ class SiteCensus:
         return self._documents.tokens
 
     def finish(self) -> dict[str, np.ndarray]:
-        """The arrays of the partial. Call once."""
+        """The arrays of the partial; `io.store.partials` says what each is. Call once."""
         self._flush()
         samples = self._samples
         arrays = (

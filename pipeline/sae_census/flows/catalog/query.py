@@ -6,6 +6,7 @@ from typing import Any
 from sae_census.config.query import QueryConfig
 from sae_census.errors import ConfigError
 from sae_census.flows.catalog.reader import Catalog
+from sae_census.types import SiteKey
 
 Rows = list[dict[str, Any]]
 
@@ -58,11 +59,12 @@ def _with_units(catalog: Catalog, rows: Rows) -> Rows:
 
 def _site(catalog: Catalog, config: QueryConfig) -> tuple[str, str]:
     """The one SAE that is meant."""
-    sites = [tuple(site.rsplit("/", 1)) for site in catalog.saes]
+    parsed = (SiteKey.parse(site) for site in catalog.saes)
+    sites = [(str(site.hook_point), site.sae) for site in parsed]
     fits = [s for s in sites if config.hook_point in (None, s[0]) and config.sae in (None, s[1])]
     if len(fits) != 1:
         raise ConfigError(
             f"{len(fits)} SAEs fit hook_point={config.hook_point} sae={config.sae}; expected one of "
             f"{', '.join(f'hook_point={point} sae={sae}' for point, sae in sites)}"
         )
-    return fits[0][0], fits[0][1]
+    return fits[0]

@@ -13,7 +13,7 @@ from sae_census.compute.numbers.stats import BINS_PER_OCTAVE
 from sae_census.flows.catalog.reader import Catalog
 from sae_census.io.store import tables
 from sae_census.steps.census.logits import LOGITS
-from sae_census.types import HookPoint
+from sae_census.types import SiteKey
 
 CHUNK = 32
 """Features of one data file."""
@@ -29,7 +29,7 @@ Plain = dict[str, Any]
 
 def by_layer(catalog: Catalog) -> list[str]:
     """`hook_point/sae` of every SAE, in the order of the report."""
-    return sorted(catalog.saes, key=lambda site: (HookPoint.parse(site.rsplit("/", 1)[0]).layer, site))
+    return sorted(catalog.saes, key=lambda site: (SiteKey.parse(site).hook_point.layer, site))
 
 
 def overview(catalog: Catalog, num_with_spans: int | None) -> Plain:
@@ -73,7 +73,8 @@ class SiteData:
             site: `hook_point/sae`.
         """
         self.site = site
-        self.hook_point, self.sae = site.rsplit("/", 1)
+        key = SiteKey.parse(site)
+        self.hook_point, self.sae = str(key.hook_point), key.sae
         self._catalog = catalog
         self._arrays = catalog.statistics(self.hook_point, self.sae)
         self._table = catalog.of_sae(self.hook_point, self.sae)

@@ -22,6 +22,7 @@ from sae_census.steps.cluster import connected, run_tasks
 from sae_census.steps.cluster.outcomes import result_of
 from sae_census.steps.store import entries, layout
 from sae_census.steps.store.progress import Stage, Voice, new_run
+from sae_census.types import SiteKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +143,11 @@ def _measures(blobs: LocalBlobs, catalog: Catalog) -> list[_Measure]:
     shards = [ShardRecord.model_validate(shard) for shard in catalog.manifest["shards"]]
     sites = {}
     for site, measure_id in plan.measure_ids(catalog.manifest["identity"]["measure"]).items():
-        sites[measure_id] = site.rsplit("/", 1)
-    return [_Measure(blobs, key, catalog.of_sae(*site).num_rows, shards) for key, site in sites.items()]
+        sites[measure_id] = SiteKey.parse(site)
+    return [
+        _Measure(blobs, key, catalog.of_sae(str(site.hook_point), site.sae).num_rows, shards)
+        for key, site in sites.items()
+    ]
 
 
 class _Run:

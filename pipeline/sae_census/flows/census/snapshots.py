@@ -21,7 +21,7 @@ from sae_census.steps.census.partial import RangeTask
 from sae_census.steps.cluster import connected
 from sae_census.steps.store import layout
 from sae_census.steps.store.progress import Voice, new_run
-from sae_census.types import HookPoint, SiteKey
+from sae_census.types import SiteKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +111,7 @@ def build(config: SnapshotsConfig, say: Callable[[str], None] | None = None) -> 
         config=settings,
         identity=identity,
         of=f"catalog {base.manifest['catalog']!r}",
-        decoder_norms={site: np.asarray(base.of_sae(*str(site).rsplit("/", 1))["decoder_norm"]) for site in sites},
+        decoder_norms={site: np.asarray(base.of_sae(str(site.hook_point), site.sae)["decoder_norm"]) for site in sites},
         receipts=receipts,
         sources=sources,
         missing=sorted(expected & {shard for one in bases for shard in one.manifest["coverage"]["missing"]}),
@@ -163,8 +163,8 @@ def _slices(config: SnapshotsConfig, bases: Sequence[Catalog]) -> set[str]:
 
 def _sites(identity: Mapping[str, Any]) -> list[SiteKey]:
     """The SAEs in the order of a catalog."""
-    pairs = sorted(tuple(name.rsplit("/", 1)) for name in identity["measure"]["saes"])
-    return [SiteKey(HookPoint.parse(point), sae) for point, sae in pairs]
+    sites = (SiteKey.parse(name) for name in identity["measure"]["saes"])
+    return sorted(sites, key=lambda site: (str(site.hook_point), site.sae))
 
 
 def _in_time(config: SnapshotsConfig, receipts: plan.Receipts) -> plan.Receipts:

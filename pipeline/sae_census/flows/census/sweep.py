@@ -25,6 +25,7 @@ from sae_census.flows.census.fill import fill
 from sae_census.flows.census.identity import settled
 from sae_census.io.store.blobs import LocalBlobs
 from sae_census.steps.store.ledger import Ledger, SweepRun
+from sae_census.types import SiteKey
 
 _BEST = 100
 _NOT_SHARED = {"saes", "catalog", "ranking", "logits", "report"}
@@ -184,20 +185,19 @@ def drift(old: Catalog, new: Catalog) -> dict[str, float]:
     """
     worst: dict[str, float] = {}
     for site in sorted(set(old.saes) & set(new.saes)):
-        point, sae = site.rsplit("/", 1)
-        for name, value in _site_drift(old, new, point, sae).items():
+        for name, value in _site_drift(old, new, SiteKey.parse(site)).items():
             low = name in ("rank_correlation", "overlap_100")
             if value is not None:
                 worst[name] = min(worst.get(name, value), value) if low else max(worst.get(name, value), value)
     return worst
 
 
-def _site_drift(old: Catalog, new: Catalog, point: str, sae: str) -> dict[str, float | None]:
+def _site_drift(old: Catalog, new: Catalog, site: SiteKey) -> dict[str, float | None]:
     columns = ("score", "frequency", "dead")
-    a, b = ({c: np.asarray(t.of_sae(point, sae)[c]) for c in columns} for t in (old, new))
+    a, b = ({c: np.asarray(t.of_sae(str(site.hook_point), site.sae)[c]) for c in columns} for t in (old, new))
     alive = ~a["dead"] & ~b["dead"]
     shift = np.abs(np.log2(b["frequency"][alive] / a["frequency"][alive]))
-    fits = [catalog.manifest["fraction_of_variance_unexplained"].get(f"{point}/{sae}") for catalog in (old, new)]
+    fits = [catalog.manifest["fraction_of_variance_unexplained"].get(str(site)) for catalog in (old, new)]
     return {
         "rank_correlation": rank_correlation(a["score"], b["score"]),
         "overlap_100": overlap(a["score"], b["score"], [min(_BEST, len(a["score"]))])[min(_BEST, len(a["score"]))],

@@ -27,7 +27,7 @@ from sae_census.steps.census.partial import opened
 from sae_census.steps.comparison import contrast
 from sae_census.steps.comparison.contrast import Columns, SiteSums
 from sae_census.steps.store import layout
-from sae_census.types import HookPoint, SiteKey
+from sae_census.types import SiteKey
 
 CHANGES = ("appeared", "died", "moved", "same", "dead")
 _OVERLAPS = (10, 100, 1000)
@@ -74,15 +74,15 @@ def diff(config: SnapshotsConfig) -> Difference:
     ids = plan.measure_ids(new.manifest["identity"]["measure"])
     sites: dict[SiteKey, Columns] = {}
     for name in new.saes:
-        point, sae = name.rsplit("/", 1)
-        columns = _of_snapshots(old, new, point, sae)
+        site = SiteKey.parse(name)
+        columns = _of_snapshots(old, new, site)
         if texts.kind != "same":
             num_features = len(columns["rank_old"])
             before, after = (_sums(blobs, ids[name], keys, num_features) for keys in (texts.before, texts.after))
             columns |= contrast.columns(
                 after, before, None, confidence=config.confidence, min_documents=config.min_documents
             )
-        sites[SiteKey(HookPoint.parse(point), sae)] = columns
+        sites[site] = columns
     if texts.kind != "same":
         contrast.add_false_discovery_rates(list(sites.values()))
         for columns in sites.values():
@@ -127,11 +127,11 @@ def _texts(old: set[str], new: set[str]) -> _Texts:
     return _Texts(kind="same", before=frozenset(old), after=frozenset(new))
 
 
-def _of_snapshots(old: Catalog, new: Catalog, point: str, sae: str) -> Columns:
+def _of_snapshots(old: Catalog, new: Catalog, site: SiteKey) -> Columns:
     """What the two snapshots say themselves."""
     columns: Columns = {}
     for when, catalog in (("old", old), ("new", new)):
-        rows = catalog.of_sae(point, sae)
+        rows = catalog.of_sae(str(site.hook_point), site.sae)
         columns |= {f"{name}_{when}": np.asarray(rows[name]) for name in _OF_SNAPSHOTS}
         columns[f"dead_{when}"] = np.asarray(rows["dead"])
     return columns

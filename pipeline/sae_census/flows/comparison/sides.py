@@ -17,7 +17,7 @@ from sae_census.io.store.blobs import LocalBlobs
 from sae_census.steps.census import claims, plan
 from sae_census.steps.comparison.contrast import SiteSums, site_sums
 from sae_census.steps.comparison.pairs import Measured
-from sae_census.types import HookPoint, SiteKey
+from sae_census.types import SiteKey
 
 Kind = Literal["slices", "corpora", "drift"]
 _INDIFFERENT = ("measure.sampling.", "measure.batch_contexts", "measure.codes", "measure.numerics",
@@ -149,10 +149,9 @@ def relate(a: Side, b: Side) -> Relation:
             f"other slices, as a.slices=[…] b.slices=[…] (a has {', '.join(a.slices)}; b has {', '.join(b.slices)})"
         )
     kind: Kind = "slices" if a.catalog.digest == b.catalog.digest else "corpora"
-    points = (name.split("/", 1) for name in common)
     return Relation(
         kind="drift" if of_the_model else kind,
-        sites=tuple(SiteKey(HookPoint.parse(point), sae) for point, sae in points),
+        sites=tuple(map(SiteKey.parse, common)),
         left_out=tuple(left_out),
         indifferent=indifferent,
     )

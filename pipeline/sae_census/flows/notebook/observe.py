@@ -29,7 +29,8 @@ from sae_census.errors import ConfigError
 from sae_census.io.checkpoints import LoadedSae
 from sae_census.io.checkpoints.nanochat import canonical
 from sae_census.io.loading.soundness import check_ids
-from sae_census.io.model.hooks import RESIDUAL, Captures, blocks_of, capture_residual, max_positions, taps_of
+from sae_census.io.model.families import RESIDUAL, streams_of
+from sae_census.io.model.hooks import Captures, blocks_of, capture_residual, max_positions
 from sae_census.steps.model.demands import centring_of
 from sae_census.types import HookPoint
 
@@ -226,9 +227,7 @@ def _last_activations(model: Any, ids: Sequence[Tensor], point: HookPoint, batch
     Ids of one batch are padded on the right: attention is causal, so what fills a row reaches no real token, and
     positions count from the first real one.
     """
-    config = model.config.get_text_config()
-    parallel = getattr(config, "use_parallel_residual", True)
-    taps = RESIDUAL if point.stream in RESIDUAL else taps_of(config.model_type, parallel_residual=parallel)
+    taps = RESIDUAL if point.stream in RESIDUAL else streams_of(model.config.get_text_config())
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     found: dict[int, Tensor] = {}
     with Captures(blocks_of(model), taps, [point]) as captures:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_census.errors import ConfigError
-from sae_census.io.model.hooks import Tap
+from sae_census.io.model.families import Family, Tap
 from sae_census.types import Stream
 
 
@@ -63,12 +63,13 @@ def bias_of(module: nn.Module, size: int) -> Float[Tensor, " O"]:
     return bias if bias is not None else matrix(module).new_zeros(size)
 
 
-def block_of(module: nn.Module, taps: Mapping[Stream, Tap], num_heads: int, num_groups: int) -> Block:
+def block_of(module: nn.Module, family: Family, taps: Mapping[Stream, Tap], num_heads: int, num_groups: int) -> Block:
     """The parts of one block.
 
     Args:
         module: the block.
-        taps: the streams of its family.
+        family: of its model.
+        taps: the streams of its model.
         num_heads: of queries.
         num_groups: heads of keys and values.
 
@@ -85,42 +86,40 @@ def block_of(module: nn.Module, taps: Mapping[Stream, Tap], num_heads: int, num_
     z, attn_out, mlp_post, mlp_out = (taps[stream].path for stream in ("attn_z", "attn_out", "mlp_post", "mlp_out"))
     attention_path, mlp_path = z.rpartition(".")[0], mlp_post.rpartition(".")[0]
     attention, w_out = module.get_submodule(attention_path), module.get_submodule(z)
-    queries, keys, values = _projections(attention, num_heads, num_groups, matrix(w_out).shape[0] // num_heads)
+    size = matrix(w_out).shape[0] // num_heads
+    queries, keys, values = _projections(attention, family, (num_heads, num_groups, num_groups), size)
     return Block(
         attention=attention,
-        attention_norm=_first(module, "input_layernorm", "ln_1"),
+        attention_norm=_part(module, family.attention_norm),
         queries=queries,
         keys=keys,
         values=values,
         w_out=w_out,
         after_attention=None if attn_out == attention_path else module.get_submodule(attn_out),
         mlp=module.get_submodule(mlp_path),
-        # Gemma 2 and 3 have several of these names; only there the first is the MLP's
-        mlp_norm=_first(module, "pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "input_layernorm"),
+        mlp_norm=_part(module, family.mlp_norm),
         down=module.get_submodule(mlp_post),
         after_mlp=None if mlp_out == mlp_path else module.get_submodule(mlp_out),
     )
 
 
-def _projections(attention: nn.Module, num_heads: int, num_groups: int, size: int) -> list[Projection]:
-    """Queries, keys, values."""
-    counts = (num_heads, num_groups, num_groups)
-    if hasattr(attention, "v_proj"):
-        modules = [attention.get_submodule(f"{name}_proj") for name in "qkv"]
+def _projections(attention: nn.Module, family: Family, counts: tuple[int, int, int], size: int) -> list[Projection]:
+    """Queries, keys, values, of as many heads as `counts` says."""
+    modules = [_part(attention, name) for name in family.projections]
+    if len(modules) == 3:
         return [Projection(module=m, num_heads=n, size=size) for m, n in zip(modules, counts, strict=True)]
-    if hasattr(attention, "query_key_value"):
-        fused = attention.get_submodule("query_key_value")
+    (fused,) = modules
+    if family.by_head:
         return [Projection(module=fused, num_heads=n, size=size, third=i) for i, n in enumerate(counts)]
-    fused = _first(attention, "c_attn", "qkv_proj")
-    starts = (0, num_heads * size, (num_heads + num_groups) * size)
+    starts = (0, counts[0] * size, (counts[0] + counts[1]) * size)
     return [
         Projection(module=fused, num_heads=n, size=size, start=start) for n, start in zip(counts, starts, strict=True)
     ]
 
 
-def _first(module: nn.Module, *names: str) -> nn.Module:
-    """The first submodule of these names that a block has."""
-    for name in names:
-        if hasattr(module, name):
-            return module.get_submodule(name)
-    raise ConfigError(f"tracing needs one of {', '.join(names)} in {type(module).__name__}, which has none")
+def _part(module: nn.Module, name: str) -> nn.Module:
+    """A submodule that the family's record names."""
+    try:
+        return module.get_submodule(name)
+    except AttributeError as error:
+        raise ConfigError(f"tracing needs {name} in {type(module).__name__}, which has none") from error

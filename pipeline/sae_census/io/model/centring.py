@@ -12,18 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from sae_census.errors import ConfigError
+from sae_census.io.model.families import with_layer_norms
 from sae_census.io.model.hooks import layout_of
-
-LAYER_NORM_FAMILIES = ("gpt2", "gpt_neox", "phi")
-"""Supported families whose every reader of the residual stream is a LayerNorm."""
 
 
 def check_family(family: str) -> None:
     """Raises ConfigError if models of this family cannot be centred."""
-    if family not in LAYER_NORM_FAMILIES:
+    if family not in with_layer_norms():
         raise ConfigError(
             f"model.center_writing_weights is true, but {family} reads its residual stream through norms that take no "
-            f"mean off, so centring would change the model; it is for {', '.join(LAYER_NORM_FAMILIES)}"
+            f"mean off, so centring would change the model; it is for {', '.join(with_layer_norms())}"
         )
 
 

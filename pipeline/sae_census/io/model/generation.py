@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_census.errors import DeadlineError
+from sae_census.io.model.families import family_of
 from sae_census.io.model.language_model import LanguageModel
 
 _TILE = 512
@@ -54,7 +55,9 @@ def next_token_entropy(model: LanguageModel, hidden: Float[Tensor, "B T D"]) -> 
         hidden: its last hidden states.
     """
     head = model.inner.get_output_embeddings()
-    cap = getattr(model.inner.config.get_text_config(), "final_logit_softcapping", None)
+    config = model.inner.config.get_text_config()
+    capped = family_of(config.model_type).logit_cap
+    cap = getattr(config, capped, None) if capped else None
     found = []
     with torch.inference_mode():
         for tile in hidden.flatten(0, 1).split(_TILE):

@@ -1,98 +1,20 @@
-"""Which module tensor is which stream, by model family; read-only captures that stop the forward early.
+"""The decoder blocks of a loaded model, and read-only captures of its streams that stop the forward early.
 
-The table follows the public TransformerLens names. `in` is the first argument of a module's forward,
-`out` its (first) output. Where a family has no such tensor the stream is absent and asking for it is an
-error: parallel blocks (phi, most of gpt_neox) have no resid_mid.
+Which tensor is which stream is known by the family's record in `families`.
 """
 
 import contextlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sae_census.errors import ConfigError
 from sae_census.io.model.eager import eager
+from sae_census.io.model.families import FAMILIES, NANOCHAT_GPT, RESIDUAL, Tap, streams_of
 from sae_census.types import HookPoint, Stream
-
-
-class Tap(NamedTuple):
-    """A tensor of a block: the path of a submodule ("" is the block itself) and its side."""
-
-    path: str
-    side: Literal["in", "out"]
-
-
-def _taps(attn: str, z: str, mlp: str, post: str, mid: Tap | None) -> dict[Stream, Tap]:
-    taps: dict[Stream, Tap] = {
-        "resid_pre": Tap("", "in"),
-        "resid_post": Tap("", "out"),
-        "attn_out": Tap(attn, "out"),
-        "attn_z": Tap(f"{attn}.{z}", "in"),
-        "mlp_in": Tap(mlp, "in"),
-        "mlp_out": Tap(mlp, "out"),
-        "mlp_post": Tap(f"{mlp}.{post}", "in"),
-    }
-    return taps | ({"resid_mid": mid} if mid else {})
-
-
-def _without(taps: dict[Stream, Tap], *streams: Stream) -> dict[Stream, Tap]:
-    return {stream: tap for stream, tap in taps.items() if stream not in streams}
-
-
-_LLAMA = _taps("self_attn", "o_proj", "mlp", "down_proj", Tap("post_attention_layernorm", "in"))
-# Gemma 2 and 3 norm what attention and MLP write; the residual stream receives the normed tensors.
-_GEMMA = _LLAMA | {
-    "resid_mid": Tap("pre_feedforward_layernorm", "in"),
-    "attn_out": Tap("post_attention_layernorm", "out"),
-    "mlp_out": Tap("post_feedforward_layernorm", "out"),
-}
-# Experts share no one matrix inside; layers of linear attention have no heads to read side by side.
-_EXPERTS = _without(_LLAMA, "mlp_post")
-_NEOX = _taps("attention", "dense", "mlp", "dense_4h_to_h", None)
-
-RESIDUAL: dict[Stream, Tap] = {"resid_post": Tap("", "out")}
-"""What every family has."""
-
-FAMILIES: dict[str, dict[Stream, Tap]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3"), _LLAMA),
-    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), _GEMMA),
-    "qwen3_moe": _EXPERTS,
-    "qwen3_5_text": _without(_LLAMA, "attn_out", "attn_z"),
-    "qwen3_5_moe_text": _without(_EXPERTS, "attn_out", "attn_z"),
-    "gpt2": _taps("attn", "c_proj", "mlp", "c_proj", Tap("ln_2", "in")),
-    "gpt_neox": _NEOX,
-    "phi": _taps("self_attn", "dense", "mlp", "fc2", None),
-    "nanochat": _taps("self_attn", "o_proj", "mlp", "fc2", Tap("post_attention_layernorm", "in")),
-}
-_NANOCHAT_GPT = _taps("attn", "c_proj", "mlp", "c_proj", None)  # its norms are functions: no module reads resid_mid
-
-
-def taps_of(model_type: str, *, parallel_residual: bool = True) -> dict[Stream, Tap]:
-    """The streams of a model family.
-
-    Args:
-        model_type: the `model_type` of the model's config.
-        parallel_residual: gpt_neox only; without it attention and MLP are in sequence and resid_mid exists.
-
-    Raises:
-        ConfigError: if the family is not in the table.
-    """
-    if model_type not in FAMILIES:
-        raise ConfigError(
-            f"model family {model_type!r} is not supported; expected one of {', '.join(sorted(FAMILIES))}"
-        )
-    taps = FAMILIES[model_type]
-    if model_type == "gpt_neox" and not parallel_residual:
-        taps = taps | {"resid_mid": Tap("post_attention_layernorm", "in")}
-    return taps
-
-
-def streams_of(config: Any) -> dict[Stream, Tap]:
-    """The streams of a model by its transformers text config; errors as in `taps_of`."""
-    return taps_of(config.model_type, parallel_residual=getattr(config, "use_parallel_residual", True))
 
 
 def layout_of(model: nn.Module) -> tuple[nn.ModuleList, dict[Stream, Tap]]:
@@ -107,7 +29,7 @@ def layout_of(model: nn.Module) -> tuple[nn.ModuleList, dict[Stream, Tap]]:
         return find_blocks(base, text.num_hidden_layers), streams_of(text)
     blocks = getattr(getattr(model, "transformer", None), "h", None)
     if isinstance(blocks, nn.ModuleList):
-        return blocks, _NANOCHAT_GPT
+        return blocks, NANOCHAT_GPT
     raise ConfigError(f"{type(model).__name__} is not supported; expected a decoder of transformers, or nanochat's GPT")
 
 
@@ -229,8 +151,9 @@ def max_positions(model: nn.Module) -> int:
 
     0 where positions are computed, as in all other families; beyond what they were trained on these go on.
     """
+    tables = {family.positions for family in FAMILIES.values() if family.positions}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] == "wpe":
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in tables:
             return module.num_embeddings
     cos = getattr(model, "cos", None)
     return cos.shape[1] if isinstance(cos, Tensor) and cos.ndim == 4 else 0

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sae_census.errors import ArgumentError
 from sae_census.io.model.eager import eager
-from sae_census.io.model.hooks import Tap, check_point
+from sae_census.io.model.families import Tap
+from sae_census.io.model.hooks import check_point
 from sae_census.types import HookPoint, Stream
 
 Function = Callable[[Tensor], Tensor | None]

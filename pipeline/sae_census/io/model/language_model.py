@@ -19,7 +19,8 @@ from sae_census.io.loading.soundness import (
     listed,
 )
 from sae_census.io.model import centring
-from sae_census.io.model.hooks import Captures, Tap, layout_of, streams_of
+from sae_census.io.model.families import Tap, streams_of
+from sae_census.io.model.hooks import Captures, layout_of
 from sae_census.io.tokens.tokenizer import Tokenizer
 from sae_census.types import HookPoint, Stream
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sae_census.compute.effects.linear import Attention, FrozenNorm, ResidualWrites, freeze
 from sae_census.errors import CheckpointError
 from sae_census.io.model.blocks import Block, bias_of, block_of, matrix
-from sae_census.io.model.hooks import Captures, check_point, find_blocks, taps_of
+from sae_census.io.model.families import family_of, streams_of
+from sae_census.io.model.hooks import Captures, check_point, find_blocks
 from sae_census.types import HookPoint
 
 _PROBE = 1e4
@@ -58,11 +59,13 @@ class Paths:
         """
         config = inner.config.get_text_config()
         self._inner, self._base = inner, inner.base_model
-        self._taps = taps_of(config.model_type, parallel_residual=getattr(config, "use_parallel_residual", True))
+        self._family, self._taps = family_of(config.model_type), streams_of(config)
         self._modules = find_blocks(self._base, config.num_hidden_layers)
         self.num_heads: int = config.num_attention_heads
         num_groups = getattr(config, "num_key_value_heads", None) or self.num_heads
-        self.blocks = [block_of(module, self._taps, self.num_heads, num_groups) for module in self._modules]
+        self.blocks = [
+            block_of(module, self._family, self._taps, self.num_heads, num_groups) for module in self._modules
+        ]
 
     @property
     def device(self) -> torch.device:
@@ -154,8 +157,8 @@ class Paths:
         return Readings(writes=writes, streams={point: at[point] for point in {*wanted, *bases}})
 
     def _position(self, where: Tensor, like: Tensor) -> Tensor:
-        learned = getattr(self._base, "wpe", None)
-        return torch.zeros_like(like) if learned is None else learned(where)
+        name = self._family.positions
+        return torch.zeros_like(like) if name is None else self._base.get_submodule(name)(where)
 
     def _attention(self, layer: int, watch: "_Watch") -> Attention:
         block = self.blocks[layer]

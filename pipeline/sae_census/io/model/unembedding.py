@@ -1,6 +1,6 @@
 """Where a loaded model keeps the way from a stream to the logits: output matrices, final norm, unembedding.
 
-Reads modules by the names in `sae_census.io.model.hooks` and below; runs nothing and knows no transformers.
+Reads modules by the names in `sae_census.io.model.families`; runs nothing and knows no transformers.
 """
 
 from typing import Any
@@ -9,17 +9,9 @@ from torch import Tensor, nn
 
 from sae_census.compute.numbers.logits import FinalNorm, Unembedding, Writing
 from sae_census.errors import ConfigError
-from sae_census.io.model.hooks import check_point, find_blocks, taps_of
+from sae_census.io.model.families import FAMILIES, Family, family_of, streams_of
+from sae_census.io.model.hooks import check_point, find_blocks
 from sae_census.types import HookPoint, Stream
-
-FINAL_NORMS: dict[str, str] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3", "gemma3_text"), "norm"),
-    **dict.fromkeys(("qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text"), "norm"),
-    "gpt2": "ln_f",
-    "gpt_neox": "final_layer_norm",
-    "phi": "final_layernorm",
-}
-"""By family: the final norm's name, beside the list of blocks."""
 
 _OUT_OF: dict[Stream, Stream] = {"attn_z": "attn_out", "mlp_post": "mlp_out"}
 """What the output matrix makes of a stream."""
@@ -44,17 +36,17 @@ def read_unembedding(inner: Any, num_tokens: int) -> Unembedding:
     Raises:
         ConfigError: if the family is not known or the model has no head.
     """
-    family, base, blocks = _parts(inner)
-    if family not in FINAL_NORMS:
-        raise ConfigError(f"direct logits of {family} models are not known; expected one of {', '.join(FINAL_NORMS)}")
+    name, base, blocks = _parts(inner)
+    family = family_of(name)
+    if family.final_norm is None:
+        known = ", ".join(name for name, one in FAMILIES.items() if one.final_norm)
+        raise ConfigError(f"direct logits of {name} models are not known; expected one of {known}")
     home = next(name for name, module in base.named_modules() if module is blocks).rpartition(".")[0]
     head = inner.get_output_embeddings()
     if not isinstance(getattr(head, "weight", None), Tensor):
-        raise ConfigError(
-            f"this {family} model has no unembedding matrix; expected a causal language model with a head"
-        )
+        raise ConfigError(f"this {name} model has no unembedding matrix; expected a causal language model with a head")
     bias = None if head.bias is None else head.bias.detach()[:num_tokens]
-    norm = _norm(base.get_submodule(home).get_submodule(FINAL_NORMS[family]), family)
+    norm = _norm(base.get_submodule(home).get_submodule(family.final_norm), family)
     return Unembedding(norm=norm, weight=head.weight.detach()[:num_tokens], bias=bias)
 
 
@@ -64,8 +56,8 @@ def read_writing(inner: Any, point: HookPoint) -> Writing:
     Raises:
         ConfigError: if it does not, or the model has no such hook point.
     """
-    family, _, blocks = _parts(inner)
-    taps = taps_of(family, parallel_residual=getattr(_config(inner), "use_parallel_residual", True))
+    name, _, blocks = _parts(inner)
+    family, taps = family_of(name), streams_of(_config(inner))
     check_point(point, taps, len(blocks))
     check_path(point)
     if point.stream not in _OUT_OF:  # Gemma's attn_out and mlp_out are read after their norms: nothing is left to do
@@ -81,16 +73,14 @@ def _config(inner: Any) -> Any:
 
 def _parts(inner: Any) -> tuple[str, nn.Module, nn.ModuleList]:
     config = _config(inner)
-    taps_of(config.model_type)
     return config.model_type, inner.base_model, find_blocks(inner.base_model, config.num_hidden_layers)
 
 
-def _norm(module: Any, family: str) -> FinalNorm:
+def _norm(module: Any, family: Family) -> FinalNorm:
     weight = module.weight.detach().float()
     if isinstance(module, nn.LayerNorm):
         return FinalNorm(kind="layer_norm", gain=weight, bias=module.bias.detach().float(), eps=module.eps)
-    # Gemma and Qwen 3.5 store the gain less 1, and multiply by 1 + weight in float32.
-    gain = 1 + weight if family.startswith(("gemma", "qwen3_5")) else weight
+    gain = 1 + weight if family.gain_less_one else weight  # in float32, as the models do
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return FinalNorm(kind="rms_norm", gain=gain, eps=eps)
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
 from sae_census.io.store.blobs import LocalBlobs
-from sae_census.io.store.zarr_files import Pack
+from sae_census.io.store.partials import Partial
 from sae_census.records import Receipt, ShardRecord
 from sae_census.steps.store import layout
 
@@ -34,14 +34,14 @@ class StoredCodes:
         for shard in self._shards:
             key = layout.receipt(self._measure_id, shard.shard_id)
             receipt = Receipt.read(self._blobs.get(key), key)
-            with Pack(self._blobs.path(receipt.partial.key)) as pack:
-                start = pack.read("codes_start")
+            with Partial(self._blobs.path(receipt.partial.key)) as partial:
+                start = partial.read("codes_start")
                 wanted = range(len(start) - 1) if features is None else features
                 runs = [(int(start[f]), int(start[f + 1])) for f in wanted]
                 if features is None:
                     runs = [(0, int(start[-1]))]
                 columns = {
-                    name: np.concatenate([pack.read(f"codes_{name}", a, b) for a, b in runs])
+                    name: np.concatenate([partial.read(f"codes_{name}", a, b) for a, b in runs])
                     for name in ("row", "position", "value")
                 }
                 feature = np.repeat(np.array(wanted, np.int64), [int(start[f + 1] - start[f]) for f in wanted])

@@ -14,7 +14,7 @@ import numpy as np
 
 from sae_census.compute.numbers.samples import Samples, SampleSizes
 from sae_census.errors import CorruptError
-from sae_census.io.store import zarr_files
+from sae_census.io.store import partials, zarr_files
 from sae_census.io.store.blobs import LocalBlobs
 from sae_census.records import Node, Stored
 from sae_census.steps.census.partial import RangeTask, Unit
@@ -116,7 +116,7 @@ class Merger:
         }
 
     def _commit(self, task: NodeTask, arrays: Mapping[str, np.ndarray]) -> Node:
-        body = zarr_files.pack({"": arrays}, {"measure_id": task.measure_id, "shards": list(task.shards)})
+        body = partials.pack(arrays, {"measure_id": task.measure_id, "shards": list(task.shards)}, is_node=True)
         sha256 = hashlib.sha256(body).hexdigest()
         node = Node(
             measure_id=task.measure_id,

@@ -18,7 +18,7 @@ from sae_census.compute.numbers.keys import firing_keys, silent_keys
 from sae_census.compute.numbers.samples import Entries, Kept, Samples, contexts_at, first_of_each, joined
 from sae_census.compute.numbers.stats import FeatureStats
 from sae_census.io.store.blobs import LocalBlobs
-from sae_census.io.store.zarr_files import Pack
+from sae_census.io.store.partials import Partial
 from sae_census.records import Node, Receipt, Stored
 from sae_census.steps.census.sampling import shard_key
 
@@ -92,12 +92,12 @@ class Unit:
 class PartialRange:
     """One partial or node, opened for one range. Its shards are numbered by their places in `Unit.shards`."""
 
-    def __init__(self, pack: Pack, unit: Unit, task: RangeTask):
-        self._pack, self._task = pack, task
+    def __init__(self, partial: Partial, unit: Unit, task: RangeTask):
+        self._partial, self._task = partial, task
         self._salts = np.array([shard_key(shard_id) for shard_id in unit.shards], np.uint64)
 
     def _of_range(self, name: str) -> np.ndarray:
-        return self._pack.read(name, self._task.start, self._task.stop)
+        return self._partial.read(name, self._task.start, self._task.stop)
 
     def stats(self) -> FeatureStats:
         """The statistics of the range."""
@@ -109,28 +109,28 @@ class PartialRange:
 
     def codes(self) -> Codes:
         """All codes of the range, features from 0; for partials that keep them."""
-        starts = self._pack.read("codes_start", self._task.start, self._task.stop + 1)
+        starts = self._partial.read("codes_start", self._task.start, self._task.stop + 1)
         first, last = int(starts[0]), int(starts[-1])
         return Codes(
             feature=np.repeat(np.arange(self._task.num_features, dtype=np.int32), np.diff(starts)),
-            row=self._pack.read("codes_row", first, last),
-            position=self._pack.read("codes_position", first, last),
-            value=self._pack.read("codes_value", first, last),
+            row=self._partial.read("codes_row", first, last),
+            position=self._partial.read("codes_position", first, last),
+            value=self._partial.read("codes_value", first, last),
         )
 
     def document_tokens(self) -> Int64[np.ndarray, " M"]:
         """Counted tokens of every document of the shard; for partials that keep codes."""
-        return self._pack.read("document_tokens")
+        return self._partial.read("document_tokens")
 
     def fits(self) -> FitSums:
         """What all features share, whatever the range."""
-        return FitSums(**{name: self._pack.read(name) for name in FitSums.__dataclass_fields__})
+        return FitSums(**{name: self._partial.read(name) for name in FitSums.__dataclass_fields__})
 
     def _shards(self, name: str, start: int, stop: int) -> Int32[np.ndarray, "..."]:
         """The shards of a range of samples; those of a partial are all of its one."""
-        if self._pack.has(f"{name}_shard"):
-            return self._pack.read(f"{name}_shard", start, stop)
-        return np.zeros_like(self._pack.read(f"{name}_row", start, stop))
+        if self._partial.has(f"{name}_shard"):
+            return self._partial.read(f"{name}_shard", start, stop)
+        return np.zeros_like(self._partial.read(f"{name}_row", start, stop))
 
     def put_samples(self, samples: Samples, ordinals: Int32[np.ndarray, " S"], seed: int) -> None:
         """Add the samples of the range to `samples`.
@@ -164,7 +164,7 @@ class PartialRange:
         self._put_silent(samples, ordinals, seed)
 
     def _put_silent(self, samples: Samples, ordinals: Int32[np.ndarray, " S"], seed: int) -> None:
-        rows = self._pack.read("silent_row")
+        rows = self._partial.read("silent_row")
         shard = self._shards("silent", 0, len(rows))
         silent = contexts_at(silent_keys(seed, self._salts[shard], rows), rows, ordinals[shard])
         samples.silent.put(silent)
@@ -179,11 +179,11 @@ class PartialRange:
 
     def _further_quiet(self, ordinals: Int32[np.ndarray, " S"], seed: int) -> Entries:
         """Silent contexts of features that need more than those kept for all; partials of format 3 have none."""
-        if not self._pack.has("silent_more_start"):
+        if not self._partial.has("silent_more_start"):
             return Kept.zero(0, 0).entries()
-        start = self._pack.read("silent_more_start", self._task.start, self._task.stop + 1)
+        start = self._partial.read("silent_more_start", self._task.start, self._task.stop + 1)
         first, last = int(start[0]), int(start[-1])
-        rows, shard = self._pack.read("silent_more_row", first, last), self._shards("silent_more", first, last)
+        rows, shard = self._partial.read("silent_more_row", first, last), self._shards("silent_more", first, last)
         found = contexts_at(silent_keys(seed, self._salts[shard], rows), rows, ordinals[shard])
         return found.regrouped(np.repeat(np.arange(self._task.num_features), np.diff(start)))
 
@@ -191,10 +191,10 @@ class PartialRange:
         self, shards: Int32[np.ndarray, " N"], rows: Int32[np.ndarray, " N"]
     ) -> list[Int64[np.ndarray, " U"]]:
         """Of contexts kept for silence, the features of the range (from 0) that fire in each."""
-        kept = self._pack.read("silent_row")
+        kept = self._partial.read("silent_row")
         places = {key: i for i, key in enumerate(zip(self._shards("silent", 0, len(kept)), kept, strict=True))}
-        start = self._pack.read("silent_start")
-        every = self._pack.read("silent_feature").astype(np.int64) - self._task.start
+        start = self._partial.read("silent_start")
+        every = self._partial.read("silent_feature").astype(np.int64) - self._task.start
         found = []
         for key in zip(shards, rows, strict=True):
             feature = every[start[places[key]] : start[places[key] + 1]]
@@ -203,22 +203,22 @@ class PartialRange:
 
     def evidence(self) -> Evidence:
         """The codes that were kept with the samples of the range."""
-        pair_start = self._pack.read("pair_start", self._task.start, self._task.stop + 1)
+        pair_start = self._partial.read("pair_start", self._task.start, self._task.stop + 1)
         first, last = int(pair_start[0]), int(pair_start[-1])
-        code_start = self._pack.read("code_start", first, last + 1)
+        code_start = self._partial.read("code_start", first, last + 1)
         low, high = int(code_start[0]), int(code_start[-1])
         return Evidence(
             pair_feature=np.repeat(np.arange(self._task.num_features), np.diff(pair_start)),
             pair_shard=self._shards("pair", first, last),
-            pair_row=self._pack.read("pair_row", first, last),
+            pair_row=self._partial.read("pair_row", first, last),
             code_start=code_start - low,
-            position=self._pack.read("code_position", low, high),
-            value=self._pack.read("code_value", low, high),
+            position=self._partial.read("code_position", low, high),
+            value=self._partial.read("code_value", low, high),
         )
 
 
 @contextmanager
 def opened(blobs: LocalBlobs, unit: Unit, task: RangeTask) -> Iterator[PartialRange]:
     """A partial or node, for one range."""
-    with Pack(blobs.path(unit.stored.key)) as pack:
-        yield PartialRange(pack, unit, task)
+    with Partial(blobs.path(unit.stored.key)) as partial:
+        yield PartialRange(partial, unit, task)

@@ -97,7 +97,7 @@ def measures(fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """
     shared = {name: value for name, value in fields.items() if name != "saes"}
     return {
-        site: shared | {"sae": {"hook_point": site.rsplit("/", 1)[0], "digest": digest}}
+        site: shared | {"sae": {"hook_point": str(SiteKey.parse(site).hook_point), "digest": digest}}
         for site, digest in fields["saes"].items()
     }
 

@@ -158,7 +158,7 @@ class Draft:
             arrays |= _slice_books(units[index])
             arrays["histogram_edges"] = stats.bin_edges()
             arrays["l0_histogram"] = merged_fit(self._blobs, units[index], weights).l0_histogram
-            groups[f"{site.hook_point}/{site.sae}"] = arrays
+            groups[str(site)] = arrays
         scales = {"sum_scale_bits": fixed.SUM_SCALE, "square_scale_bits": fixed.SQUARE_SCALE, "low_limb_bits": 62}
         zarr_files.write_tree(self._folder / "statistics.zarr", groups, scales, _DIMENSIONS)
 

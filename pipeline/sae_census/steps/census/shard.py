@@ -26,7 +26,7 @@ from sae_census.errors import NumericsError, ShardError
 from sae_census.io.loading.versions import others, versions
 from sae_census.io.model import device
 from sae_census.io.model.device import choose_device
-from sae_census.io.store import tables, zarr_files
+from sae_census.io.store import partials, tables
 from sae_census.io.store.blobs import LocalBlobs
 from sae_census.records import Receipt, ShardRecord, Stored
 from sae_census.steps.census.sampling import sample_sizes, shard_key
@@ -269,7 +269,7 @@ class Analyzer:
             attributes: dict[str, Any] = {"shard_id": shard.shard_id, "measure_id": self._measure_ids[key]}
             if self._format > 3:  # partials of format 3 do not say it
                 attributes["format"] = self._format
-            body = zarr_files.pack({"": census.finish()}, attributes)
+            body = partials.pack(census.finish(), attributes)
             of_document = census.document_tokens
             measured[key] = _Measured(
                 body=body,

@@ -94,13 +94,14 @@ def load_backgrounds(path: str, saes: Mapping[SiteKey, LoadedSae]) -> Background
     known: dict[str, str] = identity["saes"]
     sites = {}
     for key, loaded in saes.items():
-        names = [n for n, d in known.items() if d == loaded.digest and n.startswith(f"{key.hook_point}/")]
-        if not names:
+        same = (SiteKey.parse(name) for name, digest in known.items() if digest == loaded.digest)
+        found = [site for site in same if site.hook_point == key.hook_point]
+        if not found:
             raise ConfigError(
                 f"the catalog {path} has no statistics of SAE {key.sae} at {key.hook_point}; it was made with "
                 f"{', '.join(known)}; make one with sae-census analyze, or leave the catalog away"
             )
-        sites[key] = _background(files, str(key.hook_point), names[0].removeprefix(f"{key.hook_point}/"))
+        sites[key] = _background(files, found[0])
     return Backgrounds(
         digest=str(manifest["digest"]),
         sites=sites,
@@ -109,9 +110,9 @@ def load_backgrounds(path: str, saes: Mapping[SiteKey, LoadedSae]) -> Background
     )
 
 
-def _background(files: SnapshotFiles, hook_point: str, sae: str) -> Background:
-    arrays = files.arrays(f"{hook_point}/{sae}")
-    key = [("hook_point", "=", hook_point), ("sae", "=", sae)]
+def _background(files: SnapshotFiles, site: SiteKey) -> Background:
+    arrays = files.arrays(str(site))
+    key = [("hook_point", "=", str(site.hook_point)), ("sae", "=", site.sae)]
     columns = ["feature_id", "tokens_counted", "proto_label", "label"]
     rows = files.table("features.parquet", columns, filters=key).to_pylist()
     labels: dict[int, tuple[str, LabelSource]] = {}

@@ -11,22 +11,10 @@ from typing import Any
 from torch import nn
 
 from sae_census.io.checkpoints import LoadedSae
-from sae_census.io.model.centring import LAYER_NORM_FAMILIES, is_centred
+from sae_census.io.model.centring import is_centred
+from sae_census.io.model.families import FAMILIES, with_layer_norms
 from sae_census.types import SiteKey
 
-_FAMILIES = {
-    r"gpt2": ("gpt2",),
-    r"pythia": ("gpt_neox",),
-    r"gemma-\d+b": ("gemma",),
-    r"gemma-2": ("gemma2",),
-    r"gemma-3": ("gemma3", "gemma3_text"),
-    r"(meta-)?llama|smollm|deepseek-r1-distill-llama": ("llama",),
-    r"mistral": ("mistral",),
-    r"qwen2": ("qwen2",),
-    r"qwen3-": ("qwen3", "qwen3_moe"),
-    r"phi-[12]": ("phi",),
-}
-"""What the name of a model starts with, and the families it may then be of."""
 WRITTEN = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 """Streams that centring changes."""
 _MAX_LISTED = 16
@@ -67,7 +55,7 @@ class Run:
     @property
     def can_be_centred(self) -> bool:
         """Whether centring leaves the model's predictions as they are, and is still to be done."""
-        return self.family in LAYER_NORM_FAMILIES and not self.is_centred
+        return self.family in with_layer_norms() and not self.is_centred
 
     def is_counted(self, position: int) -> bool:
         """Whether the census counts tokens at a position of every context."""
@@ -115,8 +103,8 @@ def centring_of(loaded: LoadedSae, model: nn.Module) -> Complaint | None:
     """The same of a model that is loaded."""
     config: Any = getattr(model, "config", None)
     family = config.get_text_config().model_type if hasattr(config, "get_text_config") else ""
-    done = family in LAYER_NORM_FAMILIES and is_centred(model)
-    return centring(loaded, is_centred=done, can_be_centred=family in LAYER_NORM_FAMILIES and not done)
+    done = family in with_layer_norms() and is_centred(model)
+    return centring(loaded, is_centred=done, can_be_centred=family in with_layer_norms() and not done)
 
 
 def _of_one(loaded: LoadedSae, run: Run) -> Iterator[Complaint]:
@@ -216,7 +204,7 @@ def _model(metadata: Mapping[str, Any], run: Run) -> Iterator[Complaint]:
     if not isinstance(said, str) or not said:
         return
     name = said.rsplit("/", 1)[-1].lower().replace("gpt2-small", "gpt2")
-    families = next((found for start, found in _FAMILIES.items() if re.match(start, name)), None)
+    families = [known for known, family in FAMILIES.items() if family.called and re.match(family.called, name)]
     if families and run.family not in families:
         yield Complaint(text=f"trained on {said}, but this model is of the family {run.family}", is_error=True)
         return
