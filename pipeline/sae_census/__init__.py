@@ -40,7 +40,8 @@ if TYPE_CHECKING:
         top_features_for_prompt,
     )
     from sae_census.io.checkpoints import load_sae
-    from sae_census.io.checkpoints.nanochat import load_saes, save_sae
+    from sae_census.io.checkpoints.directory import load_saes
+    from sae_census.io.checkpoints.saving import save_sae
     from sae_census.io.model.centring import center_writing_weights
     from sae_census.io.model.language_model import LanguageModel
     from sae_census.steps.census.logits import DirectLogitAttributor
@@ -112,12 +113,12 @@ _HOMES = {
     "encode_prompts": "sae_census.flows.notebook.observe",
     "fire_rate": "sae_census.flows.notebook.observe",
     "load_sae": "sae_census.io.checkpoints",
-    "load_saes": "sae_census.io.checkpoints.nanochat",
+    "load_saes": "sae_census.io.checkpoints.directory",
     "make_token_df": "sae_census.flows.effects.token_tables",
     "observe_prompts": "sae_census.flows.notebook.observe",
     "pretty_ranking": "sae_census.flows.notebook.observe",
     "save_linearized": "sae_census.flows.effects.token_tables",
-    "save_sae": "sae_census.io.checkpoints.nanochat",
+    "save_sae": "sae_census.io.checkpoints.saving",
     "scan_prompts_for_feature": "sae_census.flows.notebook.observe",
     "steer": "sae_census.flows.effects.steer",
     "top_features_for_prompt": "sae_census.flows.notebook.observe",

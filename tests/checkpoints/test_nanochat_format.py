@@ -15,7 +15,9 @@ from sae_census.compute.effects.edits import Edit, edit
 from sae_census.compute.numbers.sae import CodeUnit, Gate, Gated, JumpRelu, Relu, SparseAutoencoder, TopK
 from sae_census.errors import ArgumentError, CheckpointError
 from sae_census.io.checkpoints import load_sae
-from sae_census.io.checkpoints.nanochat import canonical, load_saes, save_sae
+from sae_census.io.checkpoints.directory import load_saes
+from sae_census.io.checkpoints.nanochat import canonical
+from sae_census.io.checkpoints.saving import save_sae
 
 D, F, K = 12, 40, 5
 HOOK = "blocks.3.hook_resid_post"

@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_census.compute.effects.edits import Edit, edit
-from sae_census.compute.numbers.sae import Gated, JumpRelu, Relu, TopK
-from sae_census.errors import CheckpointError, ConfigError
+from sae_census.compute.numbers.sae import CodeUnit, Gated, JumpRelu, Relu, SparseAutoencoder, TopK
+from sae_census.errors import ArgumentError, CheckpointError, ConfigError
 from sae_census.io.checkpoints import LoadedSae, load_sae
+from sae_census.io.checkpoints.saving import save_sae
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # it imports a module that its own dependency deprecates
@@ -166,6 +168,91 @@ def test_an_expected_norm_of_a_training_checkpoint_is_folded_as_sae_lens_folds_i
 def test_half_precision_weights_are_computed_in_float32(dtype, tmp_path):
     random_sae("jumprelu", dtype=dtype).save_model(tmp_path)
     assert_agree(load_sae(str(tmp_path)), SAE.load_from_disk(tmp_path, dtype="float32"))
+
+
+@pytest.mark.parametrize("apply_b_dec_to_input", [False, True])
+@pytest.mark.parametrize("normalize_activations", ["none", "constant_norm_rescale", "layer_norm"])
+@pytest.mark.parametrize("kind", INFERENCE)
+def test_what_is_written_here_sae_lens_loads_with_equal_codes(
+    kind, normalize_activations, apply_b_dec_to_input, tmp_path
+):
+    random_sae(
+        **INFERENCE[kind], normalize_activations=normalize_activations, apply_b_dec_to_input=apply_b_dec_to_input
+    ).save_model(tmp_path / "first")
+    first = load_sae(str(tmp_path / "first"))
+    save_sae(first, first.metadata, tmp_path / "second", save_format="sae_lens", note="a")
+    theirs, second = SAE.load_from_disk(tmp_path / "second"), load_sae(str(tmp_path / "second"))
+    assert_agree(first, theirs)
+    assert_agree(second, theirs)
+    assert (theirs.cfg.metadata.hook_name, theirs.cfg.metadata.note) == (HOOK, "a")
+    assert (second.hook_point, second.sae.unit) == (first.hook_point, first.sae.unit)
+    for part in ("w_enc", "b_enc", "w_dec", "b_dec"):
+        assert torch.equal(getattr(second.sae, part), getattr(first.sae, part)), part
+
+
+@pytest.mark.parametrize("kind", ["standard", "topk", "jumprelu", "gated"])
+def test_a_bias_before_the_encoder_that_is_not_the_decoders_is_folded(kind, tmp_path):
+    random_sae(**INFERENCE[kind], normalize_activations="layer_norm").save_model(tmp_path / "first")
+    first = load_sae(str(tmp_path / "first"))
+    first = replace(first, sae=replace(first.sae, pre_bias=0.5 * normal(D, seed=3), scale=0.25))
+    save_sae(first.sae, {"hook_point": HOOK}, tmp_path / "second", save_format="sae_lens")
+    assert_agree(first, SAE.load_from_disk(tmp_path / "second"))
+
+
+def test_the_factor_in_the_weights_is_noted_as_the_unit_of_codes(tmp_path):
+    random_sae("jumprelu", normalize_activations="expected_average_only_in").save_model(tmp_path / "first")
+    first = load_sae(str(tmp_path / "first"), norm_scaling_factor=0.25)
+    save_sae(first, first.metadata, tmp_path / "second", save_format="sae_lens")
+    second = load_sae(str(tmp_path / "second"))
+    assert second.unit == first.unit == CodeUnit("scaled", 0.25)
+    assert "overrides" not in second.metadata
+    assert_agree(second, SAE.load_from_disk(tmp_path / "second"))
+
+
+def test_an_sae_on_the_heads_of_attention_is_written_for_heads(tmp_path):
+    sae = load_sae(write(tmp_path, {}, {})).sae
+    save_sae(sae, {"hook_point": "blocks.3.attn.hook_z"}, tmp_path / "z", save_format="sae_lens")
+    theirs = SAE.load_from_disk(tmp_path / "z")
+    assert_agree(load_sae(str(tmp_path / "z")), theirs, X, X.unflatten(2, (3, 4)))
+
+
+PARTS = {"w_enc": normal(D, F), "b_enc": torch.zeros(F), "w_dec": normal(F, D), "b_dec": normal(D)}
+BIASES = {"b_gate": normal(F), "b_mag": normal(F), "r_mag": torch.zeros(F)}
+UNWRITTEN: dict[str, tuple[SparseAutoencoder, dict[str, Any], str]] = {
+    "negative codes": (
+        SparseAutoencoder(**PARTS, gate=TopK(5, "identity")),
+        {},
+        r"the TopK gate of the SAE lets negative codes through \(postact identity\), which SAELens cannot say",
+    ),
+    "own gate": (
+        SparseAutoencoder(**PARTS, gate=Gated(**BIASES, w_gate=normal(D, F))),
+        {},
+        r"the gate of the SAE has a matrix of its own \(W_gate\), which SAELens cannot say",
+    ),
+    "other size": (
+        SparseAutoencoder(**PARTS, gate=Relu()),
+        {"d_sae": 41},
+        r"config says \{'d_sae': 41\}, but the SAE has \{'d_sae': 40\}",
+    ),
+    "no place": (SparseAutoencoder(**PARTS, gate=Relu()), {"hook_point": None}, r"it has no hook_point"),
+    "no JSON": (SparseAutoencoder(**PARTS, gate=Relu()), {"model": object()}, r"config cannot be saved: Object of"),
+}
+
+
+@pytest.mark.parametrize("name", UNWRITTEN)
+def test_what_sae_lens_cannot_express_is_refused_before_anything_is_written(name, tmp_path):
+    sae, config, message = UNWRITTEN[name]
+    with pytest.raises(ArgumentError, match=message):
+        save_sae(sae, {"hook_point": HOOK} | config, tmp_path / "out", save_format="sae_lens")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_and_a_known_format_are_asked_for(tmp_path):
+    sae = SparseAutoencoder(**PARTS, gate=Relu())
+    with pytest.raises(ArgumentError, match=r"a\.pt; expected a directory, for cfg\.json and sae_weights"):
+        save_sae(sae, {"hook_point": HOOK}, tmp_path / "a.pt", save_format="sae_lens")
+    with pytest.raises(ArgumentError, match=r"save_format is 'onnx'; expected one of nanochat, sae_lens$"):
+        save_sae(sae, {"hook_point": HOOK}, tmp_path / "a.pt", save_format="onnx")
 
 
 OLD = {"d_in": D, "d_sae": F, "dtype": "float32", "model_name": "gpt2-small", "context_size": 128}

@@ -6,6 +6,7 @@ The door to safetensors. No pickle is loaded: torch files are read with `weights
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_census.errors import CheckpointError
+from sae_census.errors import ArgumentError, CheckpointError
 
 SUFFIXES = (".safetensors", ".pt", ".npz")
 
@@ -58,6 +59,25 @@ def read_torch(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a mapping of names to tensors")
     return value
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name, on whatever device they are, under a temporary name first."""
+    from safetensors.torch import save_file
+
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def check_config(config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Raises ArgumentError if a config that is to be saved contradicts what the SAE itself says."""
+    wrong = {key: config[key] for key in facts if config.get(key) not in (None, facts[key])}
+    if wrong:
+        raise ArgumentError(f"config says {wrong}, but the SAE has { ({key: facts[key] for key in wrong}) }")
 
 
 def json_object(path: Path) -> dict[str, Any]:

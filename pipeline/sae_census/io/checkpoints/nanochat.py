@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from logging import getLogger
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sae_census.compute.numbers.sae import Gate, Gated, Postact, Relu, SparseAutoencoder, TopK
 from sae_census.errors import ArgumentError, CheckpointError, ConfigError
-from sae_census.io.checkpoints.files import positive, read_torch
+from sae_census.io.checkpoints.files import check_config, positive, read_torch
 from sae_census.io.checkpoints.stated import Stated
 from sae_census.types import HookPoint
 
@@ -76,37 +76,6 @@ def read(weights: Path, _tensors: Mapping[str, Tensor], _stated: Stated) -> tupl
     return _sae(found), found.config | {"hook_name": found.config["hook_point"]}
 
 
-def load_saes(
-    sae_dir: str | Path, device: str | torch.device = "cpu", hook_points: Sequence[str] | None = None
-) -> dict[str, SparseAutoencoder]:
-    """The SAEs of a directory by hook point, sorted.
-
-    Looks for `best_model.pt` and `checkpoint_*.pt` at any depth, else for `*.pt` in the directory itself. Of
-    several files for one hook point the best model is taken, else the checkpoint with the highest step. What was
-    taken and what was passed over is logged; a file that is not sound is skipped with a warning that names it.
-
-    Args:
-        sae_dir: the directory.
-        device: where the SAEs are put.
-        hook_points: load only these.
-
-    Raises:
-        ArgumentError: if there is no such directory; also a ValueError.
-        CheckpointError: if no file is sound, or two claim one hook point with equal right.
-    """
-    folder = Path(sae_dir).expanduser()
-    if not folder.is_dir():
-        raise ArgumentError(f"SAE directory does not exist: {sae_dir}")
-    wanted = None if hook_points is None else {str(_point(name)) for name in hook_points}
-    saes = {}
-    for hook_point, (found, sae) in sorted(_choose(folder, wanted).items()):
-        saes[hook_point] = sae.to(torch.device(device))
-        _log.info("loaded the SAE for %s from %s", hook_point, found.path)
-    if not saes:
-        _log.warning("no SAEs found in %s%s", sae_dir, "" if hook_points is None else f" for {', '.join(hook_points)}")
-    return saes
-
-
 def canonical(sae: Any) -> SparseAutoencoder:
     """An SAE in canonical form: one that is in it, what `load_sae` returns, or an object of nanochat's SAE add-on.
 
@@ -119,7 +88,7 @@ def canonical(sae: Any) -> SparseAutoencoder:
         return inner
     state = sae.state_dict() if isinstance(sae, torch.nn.Module) else {}
     try:
-        config = _mapping(getattr(sae, "config", None))
+        config = mapping(getattr(sae, "config", None))
         if not {"W_enc", "b_enc", "W_dec", "b_dec"} <= state.keys() or "activation" not in config:
             raise CheckpointError("expected an SAE of load_saes or load_sae, or of nanochat's SAE add-on")
         return _sae(_File(Path(type(sae).__name__), config, state, None))
@@ -130,36 +99,26 @@ def canonical(sae: Any) -> SparseAutoencoder:
         ) from error
 
 
-def save_sae(sae: Any, config: Any, save_path: str | Path, **metadata: Any) -> None:
-    """Write an SAE as a nanochat checkpoint, with its config also in `<stem>.config.json`.
+def write(path: Path, sae: SparseAutoencoder, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Write a `.pt` file, with its config also in `<stem>.config.json`; a pre-encoder bias is folded into b_enc.
 
     Args:
-        sae: relu, topk or gated, without input normalisation, or whatever `canonical` takes; a pre-encoder bias is
-            folded into b_enc.
-        config: a mapping of JSON values, or an object with `to_dict()` that gives one, as the add-on's; `hook_point` is
-            required; `d_in`, `d_sae`, `activation` and `k` are filled in, as is `postact` for a topk or gated SAE that
-            ends in a ReLU and the unit of codes that are not of raw activations; they must be right where they are
-            given.
-        save_path: of the `.pt` file.
-        metadata: kept under the key `metadata` of the file.
+        path: of the file.
+        sae: relu, topk or gated, without input normalisation.
+        config: JSON values; `hook_point` is required. `d_in`, `d_sae`, `activation` and `k` are filled in, as is
+            `postact` for a topk or gated SAE that ends in a ReLU and the unit of codes that are not of raw activations;
+            they must be right where they are given.
+        metadata: tensors and plain values.
 
     Raises:
-        ArgumentError: if the format cannot hold this SAE, or the config contradicts it; also a ValueError.
+        ArgumentError: if the format cannot hold this SAE, or the config contradicts it.
     """
-    path = Path(save_path)
     if path.suffix != ".pt":
-        raise ArgumentError(f"save_path is {save_path}; expected a file that ends in .pt")
-    plain = canonical(sae)
-    tensors, facts = _state(plain)
-    facts |= {"codes_scale": plain.scale, "codes_times_decoder_norm": plain.decoder_norm}
-    facts |= {"postact": plain.gate.postact} if isinstance(plain.gate, TopK | Gated) else {}
-    try:
-        config = _mapping(config)
-    except CheckpointError as error:
-        raise ArgumentError(f"config cannot be saved: {error}") from error
-    wrong = {key: config[key] for key in facts if config.get(key) not in (None, facts[key])}
-    if wrong:
-        raise ArgumentError(f"config says {wrong}, but the SAE has { ({key: facts[key] for key in wrong}) }")
+        raise ArgumentError(f"save_path is {path}; expected a file that ends in .pt")
+    tensors, facts = _state(sae)
+    facts |= {"codes_scale": sae.scale, "codes_times_decoder_norm": sae.decoder_norm}
+    facts |= {"postact": sae.gate.postact} if isinstance(sae.gate, TopK | Gated) else {}
+    check_config(config, facts)
     whole = dict(config) | {key: value for key, value in facts.items() if value != _UNSAID.get(key)}
     try:
         _checked_config(path, whole)
@@ -169,7 +128,7 @@ def save_sae(sae: Any, config: Any, save_path: str | Path, **metadata: Any) -> N
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        torch.save({"sae_state_dict": tensors, "config": json.loads(body), "metadata": metadata}, draft)
+        torch.save({"sae_state_dict": tensors, "config": json.loads(body), "metadata": dict(metadata)}, draft)
         read_torch(draft)
         draft.replace(path)
     except CheckpointError as error:
@@ -179,8 +138,12 @@ def save_sae(sae: Any, config: Any, save_path: str | Path, **metadata: Any) -> N
     _config_paths(path)[0].write_text(body + "\n")
 
 
-def _mapping(config: Any) -> dict[str, Any]:
-    """A config as a mapping: one, a dataclass, or an object with `to_dict()`."""
+def mapping(config: Any) -> dict[str, Any]:
+    """A config as a mapping: one, a dataclass, or an object with `to_dict()`.
+
+    Raises:
+        CheckpointError: if it is none of these.
+    """
     if callable(getattr(config, "to_dict", None)):
         config = config.to_dict()
     elif is_dataclass(config) and not isinstance(config, type):
@@ -213,31 +176,41 @@ def _state(sae: SparseAutoencoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, facts
 
 
+def choose(
+    folder: Path, hook_points: set[str] | None, foreign: set[Path], bad: list[CheckpointError]
+) -> dict[str, tuple[Path, SparseAutoencoder]]:
+    """The file to read for each hook point of a directory, and its SAE.
+
+    Args:
+        folder: the directory.
+        hook_points: all that are wanted; None: any.
+        foreign: files of other formats, which are passed over.
+        bad: takes the errors of files that are not sound.
+
+    Raises:
+        CheckpointError: if two files claim one hook point with equal right.
+    """
+    chosen = {}
+    for hook_point, several in _by_hook_point(folder, hook_points, foreign, bad).items():
+        best = _best(hook_point, several, bad)
+        if best is not None:
+            chosen[hook_point] = best
+    return chosen
+
+
 def _candidates(folder: Path) -> list[Path]:
     named = [*folder.glob(f"**/{_BEST}"), *folder.glob("**/checkpoint_*.pt")]
     return sorted(named or folder.glob("*.pt"))
 
 
-def _choose(folder: Path, hook_points: set[str] | None) -> dict[str, tuple[_File, SparseAutoencoder]]:
-    """The file to read for each hook point, and its SAE."""
-    bad: list[CheckpointError] = []
-    chosen = {}
-    for hook_point, several in _by_hook_point(folder, hook_points, bad).items():
-        best = _best(hook_point, several, bad)
-        if best is not None:
-            chosen[hook_point] = best
-    if bad and not chosen:
-        more = "" if len(bad) == 1 else f" ({len(bad) - 1} more files are not sound)"
-        raise CheckpointError(f"{bad[0]}{more}")
-    for error in bad:
-        _log.warning("skipping a file that is not sound: %s", error)
-    return chosen
-
-
-def _by_hook_point(folder: Path, hook_points: set[str] | None, bad: list[CheckpointError]) -> dict[str, list[_File]]:
+def _by_hook_point(
+    folder: Path, hook_points: set[str] | None, foreign: set[Path], bad: list[CheckpointError]
+) -> dict[str, list[_File]]:
     """The files that can be opened; the others go to `bad`."""
     found: dict[str, list[_File]] = {}
     for path in _candidates(folder):
+        if path in foreign:
+            continue
         try:
             file = _open(path)
         except CheckpointError as error:
@@ -250,7 +223,7 @@ def _by_hook_point(folder: Path, hook_points: set[str] | None, bad: list[Checkpo
     return found
 
 
-def _best(hook_point: str, several: list[_File], bad: list[CheckpointError]) -> tuple[_File, SparseAutoencoder] | None:
+def _best(hook_point: str, several: list[_File], bad: list[CheckpointError]) -> tuple[Path, SparseAutoencoder] | None:
     """The first file by right that is sound, and its SAE; those before it go to `bad`."""
     order = sorted(several, key=_right, reverse=True)
     for place, best in enumerate(order):
@@ -267,7 +240,7 @@ def _best(hook_point: str, several: list[_File], bad: list[CheckpointError]) -> 
             continue
         for other in others:
             _log.info("%s is passed over: %s comes first for %s", other.path, best.path.name, hook_point)
-        return best, sae
+        return best.path, sae
     return None
 
 
@@ -275,13 +248,6 @@ def _right(file: _File) -> tuple[bool, int]:
     """What a file goes by among those of one hook point: the best model, else the highest step."""
     step = re.fullmatch(r"checkpoint_\D*(\d+)\.pt", file.path.name)
     return file.path.name == _BEST, int(step[1]) if step else -1
-
-
-def _point(name: str) -> HookPoint:
-    try:
-        return HookPoint.parse(str(name))
-    except ConfigError as error:
-        raise ArgumentError(str(error)) from error
 
 
 def _config_paths(path: Path) -> tuple[Path, Path]:

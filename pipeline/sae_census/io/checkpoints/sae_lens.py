@@ -3,8 +3,12 @@
 Before 6 the metadata keys stood at the top level and some had other names. Settings that only the library's list of
 releases has come from `releases` where the path names the repository, else from the user. What cannot be reproduced
 exactly (an activation scale that nobody says, a transcoder, a finetuned scaling factor) is refused.
+
+What is written is of version 6 and needs no folding: SAELens encodes raw activations with it. The unit of codes that
+are not of raw activations stands in the metadata, where SAELens passes over it.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -13,17 +17,32 @@ import torch
 from torch import Tensor
 
 from sae_census.compute.numbers.sae import Gate, Gated, JumpRelu, Relu, SparseAutoencoder, TopK, Transform
-from sae_census.errors import CheckpointError
+from sae_census.errors import ArgumentError, CheckpointError, ConfigError
 from sae_census.io.checkpoints import releases
-from sae_census.io.checkpoints.files import check_shapes, json_object, positive, tensor
+from sae_census.io.checkpoints.files import (
+    SUFFIXES,
+    check_config,
+    check_shapes,
+    json_object,
+    positive,
+    tensor,
+    write_safetensors,
+)
 from sae_census.io.checkpoints.releases import Release
 from sae_census.io.checkpoints.stated import Stated
+from sae_census.types import HookPoint
 
 WEIGHTS, CONFIG, SCALE = ("sae_weights.safetensors",), "cfg.json", "activation_scaler.json"
 FILES = (CONFIG, *WEIGHTS, SCALE)
 _ARCHITECTURES = ("standard", "topk", "jumprelu", "batchtopk", "matryoshka_batchtopk", "gated")
 _BY_NORM = ("topk", "batchtopk", "matryoshka_batchtopk")
 """Architectures that may treat their decoder as if its rows had length 1."""
+_LAYOUT = "6.0.0"
+"""The first version of SAELens that has the layout which is written; without one it takes a config for an older."""
+_UNIT_SCALE, _UNIT_NORM = "codes_scale", "codes_times_decoder_norm"
+"""Metadata of SAEs that were written here: what was folded into weights, which decides the unit of codes."""
+_FOLDED = ("overrides", "sae_lens_release", "looks_like_centred_release", "hook_point", "hook_name", "sae_lens_version")
+"""Keys of metadata that are not true of the written folder any more, or are written anew."""
 
 
 def detect(path: Path) -> bool:
@@ -70,10 +89,74 @@ def read(weights: Path, tensors: Mapping[str, Tensor], stated: Stated) -> tuple[
         gate=gate,
         pre_bias=b_dec if config.get("apply_b_dec_to_input", True) else None,
         transform=cast(Transform, transform),
-        scale=1.0 if by_norm else scale,  # the rows that lengths were taken of had the scale divided out
-        decoder_norm=by_norm,
+        # the rows that lengths were taken of had the scale divided out
+        scale=(1.0 if by_norm else scale) * positive(path / CONFIG, metadata.get(_UNIT_SCALE, 1.0), _UNIT_SCALE),
+        decoder_norm=by_norm or metadata.get(_UNIT_NORM) is True,
     )
     return sae, metadata
+
+
+def write(folder: Path, sae: SparseAutoencoder, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Write `cfg.json` and `sae_weights.safetensors`, which SAELens loads with equal codes and reconstructions.
+
+    Args:
+        folder: is made; its config and weights are replaced.
+        sae: whose codes are never negative, and whose gate reads what its encoder reads.
+        config: JSON values; `hook_point`, or `hook_name`, is required. What it says of sizes and architecture must be
+            right; the rest becomes metadata.
+        metadata: JSON values.
+
+    Raises:
+        ArgumentError: if the layout cannot hold this SAE, or the config contradicts it.
+    """
+    if folder.suffix in SUFFIXES or folder.is_file():
+        raise ArgumentError(f"save_path is {folder}; expected a directory, for {CONFIG} and {WEIGHTS[0]}")
+    facts, tensors = _written(sae)
+    check_config(config, facts)
+    named = config.get("hook_point") or config.get("hook_name")
+    if named is None:
+        raise ArgumentError("config cannot be saved: it has no hook_point")
+    try:
+        hook_point = HookPoint.parse(str(named))
+        about = {key: value for key, value in config.items() if key not in (*facts, *_FOLDED)} | dict(metadata)
+        about |= {"hook_name": str(hook_point), "sae_lens_version": _LAYOUT}
+        about |= {_UNIT_SCALE: sae.scale} if sae.scale != 1 else {}
+        about |= {_UNIT_NORM: True} if sae.decoder_norm else {}
+        shape = {"reshape_activations": "hook_z" if hook_point.stream == "attn_z" else "none"}
+        whole = facts | shape | {"dtype": "float32", "device": "cpu", "metadata": about}
+        body = json.dumps(whole, indent=2, allow_nan=False)
+    except (ConfigError, TypeError, ValueError) as error:
+        raise ArgumentError(f"config cannot be saved: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / WEIGHTS[0], tensors)
+    (folder / CONFIG).write_text(body + "\n", encoding="utf-8")
+
+
+def _written(sae: SparseAutoencoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the config must say of an SAE, and its tensors."""
+    facts: dict[str, Any] = {"d_in": sae.width, "d_sae": sae.num_features, "normalize_activations": sae.transform}
+    shared = sae.pre_bias is not None and torch.equal(sae.pre_bias, sae.b_dec)
+    facts |= {"apply_b_dec_to_input": shared}
+    shift = torch.zeros_like(sae.b_enc) if shared or sae.pre_bias is None else sae.pre_bias @ sae.w_enc
+    tensors = {"W_enc": sae.w_enc, "W_dec": sae.w_dec, "b_dec": sae.b_dec}
+    if sae.is_signed:
+        raise ArgumentError(
+            f"the {type(sae.gate).__name__} gate of the SAE lets negative codes through (postact identity), which "
+            "SAELens cannot say: its gates end in a ReLU"
+        )
+    match sae.gate:
+        case Relu():
+            return facts | {"architecture": "standard"}, tensors | {"b_enc": sae.b_enc - shift}
+        case TopK(k):
+            facts |= {"architecture": "topk", "k": k, "rescale_acts_by_decoder_norm": False}
+            return facts, tensors | {"b_enc": sae.b_enc - shift}
+        case JumpRelu(threshold):
+            return facts | {"architecture": "jumprelu"}, tensors | {"b_enc": sae.b_enc - shift, "threshold": threshold}
+        case Gated(b_gate, b_mag, r_mag, None, _):
+            biases = {"b_gate": b_gate - shift, "b_mag": b_mag - shift * r_mag.exp(), "r_mag": r_mag}
+            return facts | {"architecture": "gated"}, tensors | biases
+        case _:
+            raise ArgumentError("the gate of the SAE has a matrix of its own (W_gate), which SAELens cannot say")
 
 
 def _known(
