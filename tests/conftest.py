@@ -3,18 +3,21 @@
 import json
 import os
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from sae_census.cli import main
 from sae_census.config import AnalyzeConfig
 from sae_census.records import sealed, unsealed
 from sae_census.steps.store.manifests import content_digest, facts_of
@@ -32,6 +35,7 @@ LONGEST = ("cluster", "classes", "nodes", "namespaces", "laws", "compact", "disc
 """Test files that take the most time, the longest first: two processes that share the suite start with them."""
 
 MakeConfig = Callable[..., AnalyzeConfig]
+Cli = Callable[..., tuple[int, str, str]]
 # Ray's client server needs it, and a process that has once used Ray does not notice a change: its next cluster would
 # take it for dead and end its actors.
 os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -76,6 +80,23 @@ def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> No
     change(content)
     content["digest"] = content_digest(content["files"], facts_of(content))
     path.write_bytes(sealed(content))
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
+    """Runs `sae-census` with what one types after it, in a folder of its own; exit code, stdout, stderr."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        GlobalHydra.instance().clear()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["sae-census", *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,8 @@
 
 import pickle
 import shutil
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 import torch
-from hydra.core.global_hydra import GlobalHydra
+from conftest import Cli
 from test_hooks import LAYOUTS, NUM_LAYERS, TINY, Layout
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,8 +20,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
 from sae_census import Catalog, DirectLogitAttributor, DirectLogitAttributorConfig, LanguageModel, load_sae
-from sae_census.cli import attribute as attribute_job
-from sae_census.cli import command
 from sae_census.compute.numbers.logits import DEFINITIONS, FinalNorm, LogitEffects, Unembedding, logit_effects
 from sae_census.config import AttributeConfig, LogitsConfig, VerifyConfig
 from sae_census.errors import CheckpointError, ConfigError, CorruptError, IdentityError
@@ -566,12 +563,8 @@ def test_workers_and_their_results_travel_between_processes(catalog, model_dir, 
     )
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path, model_dir, sae_dirs) -> Iterator[Run]:
-    """Run the job as its command line would; exit code, stdout, stderr."""
+def run(cli: Cli, model_dir, sae_dirs) -> Cli:
     base = [
         f"model.id={model_dir}",
         "model.dtype=float32",
@@ -579,16 +572,7 @@ def run(monkeypatch, capsys, tmp_path, model_dir, sae_dirs) -> Iterator[Run]:
         "cluster.threads_per_worker=1",
     ]
 
-    def call(*overrides: str) -> tuple[int, str, str]:
-        GlobalHydra.instance().clear()
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["sae-census attribute", *base, *overrides])
-        with pytest.raises(SystemExit) as exit_info:
-            command.main("attribute", AttributeConfig, attribute_job.job)
-        out, err = capsys.readouterr()
-        return int(exit_info.value.code or 0), out, err
-
-    return call
+    return partial(cli, "attribute", *base)
 
 
 # Hydra leaves the handling of its log files to the garbage collector

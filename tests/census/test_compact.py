@@ -37,8 +37,8 @@ def run(config: AnalyzeConfig) -> Analysis:
     return analysis
 
 
-def compacted(root: Path, *, prune: bool = False, name: str = "default") -> Compaction:
-    return compact(root, name, prune=prune, say=lambda line: None)
+def compacted(root: Path, *, prune: bool = False, name: str = "default", fan: int = tree.FAN) -> Compaction:
+    return compact(root, name, prune=prune, fan=fan, say=lambda line: None)
 
 
 def wrong(root: Path) -> tuple[str, ...]:
@@ -101,11 +101,6 @@ def root(plain, tmp_path) -> Path:
     return shutil.copytree(plain.catalog.folder.parents[2], tmp_path / "runs")
 
 
-@pytest.fixture
-def fan_2(monkeypatch) -> None:
-    monkeypatch.setattr(tree, "FAN", 2)
-
-
 @contextlib.contextmanager
 def units_read(monkeypatch) -> Iterator[list[int]]:
     """How many units each SAE of a reduce reads."""
@@ -145,13 +140,13 @@ def test_tree_one_shard_more_changes_only_the_nodes_above_it():
         assert len([members for members in level if members not in before]) <= 1
 
 
-def test_tree_ids_that_begin_alike_make_no_node_twice(fan_2):
+def test_tree_ids_that_begin_alike_make_no_node_twice():
     ids = [f"00{digits}" for digits in ("00", "01", "02", "ff")]
-    assert tree.levels(ids) == [[("0000", "0001", "0002")], [("0000", "0001", "0002", "00ff")]]
+    assert tree.levels(ids, fan=2) == [[("0000", "0001", "0002")], [("0000", "0001", "0002", "00ff")]]
 
 
-def test_compacted_a_catalog_is_the_same_and_is_reduced_from_one_node_a_slice(toy, plain, root, fan_2, monkeypatch):
-    made = compacted(root)
+def test_compacted_a_catalog_is_the_same_and_is_reduced_from_one_node_a_slice(toy, plain, root, monkeypatch):
+    made = compacted(root, fan=2)
     assert made.num_made == len(nodes_of(root)) > 4
     assert (made.num_kept, made.num_skipped, made.num_pruned) == (0, 0, 0)
     with units_read(monkeypatch) as sizes:
@@ -159,35 +154,33 @@ def test_compacted_a_catalog_is_the_same_and_is_reduced_from_one_node_a_slice(to
     assert (again.is_new, again.catalog.digest) == (False, plain.catalog.digest)
     assert sizes == [2, 2]  # one of each slice, for each of two SAEs
     assert wrong(root) == ()
-    once_more = compacted(root)
+    once_more = compacted(root, fan=2)
     assert (once_more.num_made, once_more.num_kept) == (0, made.num_made)
 
 
-def test_compacted_in_ranges_or_at_once_nodes_are_the_same(root, fan_2, tmp_path, monkeypatch):
+def test_compacted_in_ranges_or_at_once_nodes_are_the_same(root, tmp_path, monkeypatch):
     other = shutil.copytree(root, tmp_path / "other")
-    compacted(root)
+    compacted(root, fan=2)
     monkeypatch.setattr(merger.store, "FEATURE_CHUNK", 40)
     # the chunks of the stored arrays differ, what they hold does not
-    compacted(other)
+    compacted(other, fan=2)
     for key, node in nodes_of(root).items():
         one, two = arrays_of(root, node.merged.key), arrays_of(other, nodes_of(other)[key].merged.key)
         assert one.keys() == two.keys()
         assert all(np.array_equal(one[name], two[name]) and one[name].dtype == two[name].dtype for name in one)
 
 
-def test_node_is_the_same_to_the_bit_from_partials_and_from_smaller_nodes(root, tmp_path, monkeypatch):
+def test_node_is_the_same_to_the_bit_from_partials_and_from_smaller_nodes(root, tmp_path):
     other = shutil.copytree(root, tmp_path / "other")
-    monkeypatch.setattr(tree, "FAN", 2)
-    compacted(root)
-    monkeypatch.setattr(tree, "FAN", 1000)
-    compacted(other)
+    compacted(root, fan=2)
+    compacted(other, fan=1000)
     few, many = nodes_of(other), nodes_of(root)
     assert len(few) == 4 < len(many)
     assert few.items() <= many.items()
 
 
-def test_node_says_of_every_feature_what_the_partials_of_its_shards_say_together(root, fan_2):
-    compacted(root)
+def test_node_says_of_every_feature_what_the_partials_of_its_shards_say_together(root):
+    compacted(root, fan=2)
     receipts = receipts_of(root)
     for node in nodes_of(root).values():
         found = arrays_of(root, node.merged.key)
@@ -248,8 +241,8 @@ def test_a_compaction_is_told_among_the_runs(root):
     assert "no snapshot was to be made" in text(told, told.seen_at)
 
 
-def test_pruned_a_catalog_is_the_same_from_its_roots_and_nothing_is_analysed_again(toy, plain, root, fan_2):
-    made = compacted(root, prune=True)
+def test_pruned_a_catalog_is_the_same_from_its_roots_and_nothing_is_analysed_again(toy, plain, root):
+    made = compacted(root, prune=True, fan=2)
     roots = nodes_of(root)
     assert len(roots) == 4
     assert bytes_in(root) == {Path(node.merged.key).name for node in roots.values()}
@@ -276,8 +269,8 @@ def test_slices_alone_are_reduced_from_their_own_nodes(toy, root, tmp_path, prun
 
 
 @pytest.mark.parametrize("prune", [False, True])
-def test_subset_of_a_slice_is_the_same_from_smaller_nodes_or_analysed_again(toy, texts, root, tmp_path, fan_2, prune):
-    compacted(root, prune=prune)
+def test_subset_of_a_slice_is_the_same_from_smaller_nodes_or_analysed_again(toy, texts, root, tmp_path, prune):
+    compacted(root, prune=prune, fan=2)
     before = bytes_in(root)
     fewer = shutil.copytree(texts, tmp_path / "fewer")
     (fewer / "a2.jsonl").unlink()
@@ -302,8 +295,8 @@ def measures(root: Path) -> list[str]:
     return sorted(path.name for path in (root / "measures").iterdir())
 
 
-def test_grown_after_pruning_and_compacted_again_equals_a_catalog_from_scratch(toy, texts, root, tmp_path, fan_2):
-    compacted(root, prune=True)
+def test_grown_after_pruning_and_compacted_again_equals_a_catalog_from_scratch(toy, texts, root, tmp_path):
+    compacted(root, prune=True, fan=2)
     grown = shutil.copytree(texts, tmp_path / "grown")
     write_corpus(grown / "a3.jsonl", seed=8, num_documents=6)
     before = bytes_in(root)
@@ -313,13 +306,13 @@ def test_grown_after_pruning_and_compacted_again_equals_a_catalog_from_scratch(t
     new = {shard["shard_id"] for shard in scratch.manifest["shards"]} - {s for _, s in _old(root, before)}
     assert len(bytes_in(root) - before) == 2 * len(new) > 0  # only what is new was analysed, for two SAEs
     for prune in (False, True):
-        again = compacted(root, prune=prune)
+        again = compacted(root, prune=prune, fan=2)
         assert again.num_skipped > 0
         analysis = run(toy(root, grown))
         assert (analysis.is_new, analysis.catalog.digest) == (False, scratch.digest)
         assert wrong(root) == ()
     assert len(bytes_in(root)) == 4
-    compacted(tmp_path / "scratch", prune=True)
+    compacted(tmp_path / "scratch", prune=True, fan=2)
     assert nodes_of(root) == nodes_of(tmp_path / "scratch")
 
 
@@ -434,7 +427,7 @@ def killed_after(num_steps: int, monkeypatch) -> Iterator[list[str]]:
 
 
 def test_killed_at_any_write_or_delete_the_store_is_usable_and_the_same_command_finishes(
-    toy, sae_dirs, tmp_path, fan_2, monkeypatch
+    toy, sae_dirs, tmp_path, monkeypatch
 ):
     def make(root: Path) -> AnalyzeConfig:
         return toy(root, slices="b", saes=[{"path": str(sae_dirs["early"])}], corpus={"shard_tokens": 48})
@@ -442,7 +435,7 @@ def test_killed_at_any_write_or_delete_the_store_is_usable_and_the_same_command_
     first = run(make(tmp_path / "first"))
     whole = shutil.copytree(tmp_path / "first", tmp_path / "whole")
     with killed_after(1 << 30, monkeypatch) as journal:
-        compacted(whole, prune=True)
+        compacted(whole, prune=True, fan=2)
     deletes = [i for i, key in enumerate(journal) if key in journal[:i] or key in _partials(tmp_path / "first")]
     assert len(journal) > 10
     assert {key for key in journal if "/nodes/" in key} > set(nodes_of(whole))  # there were inner nodes
@@ -450,13 +443,13 @@ def test_killed_at_any_write_or_delete_the_store_is_usable_and_the_same_command_
     for point in range(len(journal)):
         root = shutil.copytree(tmp_path / "first", tmp_path / str(point))
         with killed_after(point, monkeypatch), pytest.raises(Killed):
-            compacted(root, prune=True)
+            compacted(root, prune=True, fan=2)
         assert wrong(root) == (), journal[point]
         before = bytes_in(root)
         again = run(make(root))
         assert (again.is_new, again.catalog.digest) == (False, first.catalog.digest), journal[point]
         assert bytes_in(root) == before  # nothing had to be analysed again
-        compacted(root, prune=True)
+        compacted(root, prune=True, fan=2)
         assert (nodes_of(root), bytes_in(root)) == (nodes_of(whole), bytes_in(whole)), journal[point]
 
 

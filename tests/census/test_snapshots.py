@@ -1,9 +1,7 @@
 """New snapshots of what is analysed equal those made from scratch, and what changed is what comparing would say."""
 
 import json
-import runpy
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MakeConfig, write_corpus
-from hydra.core.global_hydra import GlobalHydra
+from conftest import Cli, MakeConfig, write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -303,31 +300,22 @@ def test_a_damaged_manifest_is_named_and_put_back(root: Path, body: str) -> None
 # --- the command ---
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
-    GlobalHydra.instance().clear()
-    monkeypatch.setattr(sys, "argv", ["sae-census catalog", *overrides])
-    with pytest.raises(SystemExit) as left:
-        runpy.run_module("jobs.catalog", run_name="__main__")
-    assert left.value.code == 0
+# Hydra leaves the handling of its log files to the garbage collector
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_command_lists_builds_and_shows_what_changed(root: Path, tmp_path: Path, cli: Cli) -> None:
+    def catalog(*overrides: str) -> str:
+        code, out, err = cli("catalog", f"store.root={root}", *overrides)
+        assert code == 0, err
+        return out
 
-
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
-def test_the_command_lists_builds_and_shows_what_changed(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    store = f"store.root={root}"
-    command(monkeypatch, store)
-    listed = capsys.readouterr().out
+    listed = catalog()
     assert len(list(snapshots(str(root)))) == sum("│" in line for line in listed.splitlines())
     assert Catalog(root, "whole", 1).digest[:12] in listed
-    weights = "weights={notes: 2}"
-    command(monkeypatch, "action=build", store, "catalog.name=whole", "into=typed", "snapshot=2", weights)
-    out = capsys.readouterr().out
+    out = catalog("action=build", "catalog.name=whole", "into=typed", "snapshot=2", "weights={notes: 2}")
     assert Catalog(root, "typed").digest in out
     assert "counted 2 times" in out
-    command(monkeypatch, "action=compact", store, "catalog.name=whole", "snapshot=2")
-    assert "made, 0 there already, 0 not needed" in capsys.readouterr().out
-    command(monkeypatch, "action=diff", store, "catalog.name=whole", "snapshot=2", f"out={tmp_path}", "min_documents=2")
-    out = capsys.readouterr().out
+    out = catalog("action=compact", "catalog.name=whole", "snapshot=2")
+    assert "made, 0 there already, 0 not needed" in out
+    out = catalog("action=diff", "catalog.name=whole", "snapshot=2", f"out={tmp_path}", "min_documents=2")
     assert "new text (" in out
     assert "0 died" in out

@@ -18,20 +18,19 @@ from sae_census.cli.serve import _offer_status, _offer_status_page
 from sae_census.cli.status import text
 from sae_census.config import StatusConfig
 from sae_census.errors import ConfigError, ShardError
-from sae_census.flows.census import status as flow
 from sae_census.flows.census.analyze import analyze
 from sae_census.flows.census.run_status import RunStatus
-from sae_census.flows.census.status import runs, status
+from sae_census.flows.census.status import LIMITS, Limits, runs, status
 from sae_census.io.store.blobs import LocalBlobs
 from sae_census.steps.census.shard import Analyzer
-from sae_census.steps.store import layout, progress
+from sae_census.steps.store import layout
 from sae_census.steps.store.progress import Voice
 
 MakeConfig = Callable[..., Any]
 
 
-def look(root: Path, **settings: Any) -> RunStatus:
-    return status(StatusConfig(store={"root": str(root)}, **settings))[0]
+def look(root: Path, limits: Limits = LIMITS, **settings: Any) -> RunStatus:
+    return status(StatusConfig(store={"root": str(root)}, **settings), limits)[0]
 
 
 def test_a_finished_run_is_told_as_its_catalog_tells_it(analyze_config: MakeConfig, tmp_path: Path) -> None:
@@ -101,7 +100,7 @@ import sys, time
 from pathlib import Path
 from sae_census.config import AnalyzeConfig
 from sae_census.flows.census.analyze import analyze
-from sae_census.steps import progress
+from sae_census.steps.store import progress
 from sae_census.steps.census.shard import Analyzer
 progress.BEAT_SECONDS = 0.1
 run, tries = Analyzer.run, []
@@ -116,7 +115,7 @@ analyze(AnalyzeConfig.model_validate_json(Path(sys.argv[1]).read_text()), print)
 
 
 def test_a_live_run_is_seen_from_outside_and_a_killed_one_falls_silent(
-    analyze_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    analyze_config: MakeConfig, tmp_path: Path
 ) -> None:
     config, root = analyze_config(tmp_path / "runs"), tmp_path / "runs"
     (tmp_path / "config.json").write_text(config.model_dump_json())
@@ -134,18 +133,15 @@ def test_a_live_run_is_seen_from_outside_and_a_killed_one_falls_silent(
             assert found.pid == driver.pid
             assert found.shards_waiting == found.shards_planned - 5
             assert found.seconds_left is not None
-            monkeypatch.setattr(flow, "STRAGGLER_SECONDS", 0.0)
-            monkeypatch.setattr(flow, "STRAGGLER_RATIO", 0.0)
-            (slow,) = look(root).stragglers
+            hasty = Limits(straggler_ratio=0.0, straggler_seconds=0.0)
+            (slow,) = look(root, hasty).stragglers
             assert slow.seconds > 0
-            assert f"slow       shard {slow.shard_id} on worker 0" in text(look(root), time.time())
+            assert f"slow       shard {slow.shard_id} on worker 0" in text(look(root, hasty), time.time())
         finally:
             driver.send_signal(signal.SIGKILL)
-    monkeypatch.setattr(flow, "SILENT_SECONDS", 0.0)
-    found = look(root)
+    found = look(root, Limits(silent_seconds=0.0))
     assert (found.state, found.shards_done, found.shards_running, found.seconds_left) == ("silent", 4, 0, None)
     assert "the same command goes on where it stopped" in text(found, time.time())
-    monkeypatch.undo()
     done = analyze(config, lambda line: None)
     assert look(root).shards_before == 4
     assert look(root).snapshot == done.catalog.number
@@ -195,10 +191,9 @@ def test_damaged_lines_of_events_are_counted_and_the_rest_is_told(analyze_config
         look(tmp_path)
 
 
-def test_full_event_files_are_followed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_FILE_BYTES", 200)
+def test_full_event_files_are_followed_by_the_next(tmp_path: Path) -> None:
     blobs = LocalBlobs(tmp_path)
-    voice = Voice(blobs, layout.events("r"), lambda line: None)
+    voice = Voice(blobs, layout.events("r"), lambda line: None, file_bytes=200)
     with voice.running({"catalog": "c", "workers": 1}):
         for number in range(20):
             voice.event("worker_lost", {"kind": "Death", "message": "", "worker": number, "attempts": 0})

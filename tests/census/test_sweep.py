@@ -1,8 +1,6 @@
 """Scheduled runs: when they are due, what they record, and what raises an alarm."""
 
 import json
-import runpy
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -10,8 +8,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from conftest import MakeConfig, write_corpus
-from hydra.core.global_hydra import GlobalHydra
+from conftest import Cli, MakeConfig, write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -217,15 +214,11 @@ def test_a_file_describes_the_sweep_and_the_command_line_goes_before_it(
         sweep(SweepConfig(file=str(tmp_path / "missing.yaml")), MONDAY, lambda line: None)
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
-def test_the_command_runs_a_file(
-    tmp_path: Path, weekly: Callable[..., SweepConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+# Hydra leaves the handling of its log files to the garbage collector
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_command_runs_a_file(tmp_path: Path, weekly: Callable[..., SweepConfig], cli: Cli) -> None:
     file = tmp_path / "weekly.yaml"
     file.write_text(weekly(mine={"every": "1w"}).model_dump_json(exclude={"file", "store"}))
-    GlobalHydra.instance().clear()
-    monkeypatch.setattr(sys, "argv", ["sae-census sweep", f"file={file}", f"store.root={tmp_path / 'elsewhere'}"])
-    with pytest.raises(SystemExit) as left:
-        runpy.run_module("jobs.sweep", run_name="__main__")
-    assert left.value.code == 0
+    code, _, err = cli("sweep", f"file={file}", f"store.root={tmp_path / 'elsewhere'}")
+    assert code == 0, err
     assert (tmp_path / "elsewhere" / "sweeps" / "sweeps.parquet").exists()

@@ -4,45 +4,19 @@ import json
 import runpy
 import shutil
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import Cli
 from hydra.core.global_hydra import GlobalHydra
 
-from sae_census import cli
-from sae_census.cli import analyze, command, plan, verify
-from sae_census.config import AnalyzeConfig, VerifyConfig
+from sae_census.cli import JOBS, main
 from sae_census.flows.catalog.reader import Catalog
 from sae_census.records import Receipt
 
 # Hydra leaves the handling of its log files to the garbage collector
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-
-Run = Callable[..., tuple[int, str, str]]
-JOBS = {
-    "analyze": (AnalyzeConfig, analyze.job),
-    "plan": (AnalyzeConfig, plan.job),
-    "verify": (VerifyConfig, verify.job),
-}
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run a job as its command line would; exit code, stdout, stderr."""
-
-    def call(job: str, *overrides: str) -> tuple[int, str, str]:
-        GlobalHydra.instance().clear()
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [f"sae-census {job}", *overrides])
-        model, work = JOBS[job]
-        with pytest.raises(SystemExit) as exit_info:
-            command.main("verify" if job == "verify" else "analyze", model, work)  # type: ignore[arg-type]
-        out, err = capsys.readouterr()
-        return int(exit_info.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture
@@ -61,14 +35,14 @@ def base(model_dir: Path, sae_dirs: dict[str, Path], corpus_dir: Path, tmp_path:
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
-@pytest.mark.parametrize("name", cli.JOBS)
+@pytest.mark.parametrize("name", JOBS)
 @pytest.mark.parametrize("door", ["command", "checkout"])
 def test_every_job_starts_and_explains_its_keys(
     name: str, door: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     GlobalHydra.instance().clear()
     monkeypatch.setattr(sys, "argv", ["sae-census", name, "--help"] if door == "command" else ["door", "--help"])
-    start = cli.main if door == "command" else partial(runpy.run_module, f"jobs.{name}", run_name="__main__")
+    start = main if door == "command" else partial(runpy.run_module, f"jobs.{name}", run_name="__main__")
     with pytest.raises(SystemExit) as left:
         start()
     assert left.value.code in (0, None)
@@ -83,48 +57,42 @@ def test_the_bare_command_lists_every_job_with_a_line(
     monkeypatch.setattr(sys, "argv", ["sae-census", *argv])
     runpy.run_module("jobs", run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[2:]] == list(cli.JOBS)
+    assert [line.split()[0] for line in lines[2:]] == list(JOBS)
     assert all(len(line.split()) > 3 for line in lines[2:])
 
 
-def test_a_job_that_is_none_is_one_line_with_the_nearest(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["sae-census", "analyse"])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    assert left.value.code == 2
-    assert capsys.readouterr().err == "error: 'analyse' is no job; did you mean analyze?\n"
+def test_a_job_that_is_none_is_one_line_with_the_nearest(cli: Cli) -> None:
+    assert cli("analyse") == (2, "", "error: 'analyse' is no job; did you mean analyze?\n")
 
 
 def test_a_catalog_is_made_planned_verified_and_left_alone_when_nothing_changed(
-    run: Run, base: list[str], tmp_path: Path
+    cli: Cli, base: list[str], tmp_path: Path
 ) -> None:
-    code, out, _ = run("plan", *base)
+    code, out, _ = cli("plan", *base)
     assert code == 0
     assert "of which 0 are prepared" in out
     assert not (tmp_path / "runs").exists()
-    code, out, err = run("analyze", *base)
+    code, out, err = cli("analyze", *base)
     assert code == 0, err
     catalog = Catalog(tmp_path / "runs", "mine")
     assert str(catalog.folder) in out
     assert catalog.digest in out
     assert "preflight blocks.1.hook_resid_post/late: FVU" in err
     assert "3 records are not used (1 empty, 1 missing_column, 1 not_json)" in err
-    code, out, _ = run("analyze", *base)
+    code, out, _ = cli("analyze", *base)
     assert code == 0
     assert "(unchanged)" in out
-    assert "0 tokens left" in run("plan", *base)[1]
-    code, out, _ = run("verify", f"store.root={tmp_path / 'runs'}", "recompute=2")
+    assert "0 tokens left" in cli("plan", *base)[1]
+    code, out, _ = cli("verify", f"store.root={tmp_path / 'runs'}", "recompute=2")
     assert code == 0
     assert "2 shards recomputed, 0 wrong" in out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
 
 
 def test_verify_names_every_damaged_file_and_the_next_run_mends_the_partial(
-    run: Run, base: list[str], tmp_path: Path
+    cli: Cli, base: list[str], tmp_path: Path
 ) -> None:
-    run("analyze", *base)
+    cli("analyze", *base)
     root = tmp_path / "runs"
     digest = Catalog(root, "mine").digest
     damaged = [
@@ -136,18 +104,18 @@ def test_verify_names_every_damaged_file_and_the_next_run_mends_the_partial(
         body = bytearray(path.read_bytes())
         body[len(body) // 2] ^= 1
         path.write_bytes(body)
-    code, _, err = run("verify", f"store.root={root}")
+    code, _, err = cli("verify", f"store.root={root}")
     assert code == 3
     for path in damaged:
         assert path.name in err
     shutil.rmtree(root / "catalogs/mine/000001")
-    assert run("analyze", *base)[0] == 0
-    assert run("verify", f"store.root={root}")[0] == 0
+    assert cli("analyze", *base)[0] == 0
+    assert cli("verify", f"store.root={root}")[0] == 0
     assert Catalog(root, "mine").digest == digest
 
 
 def test_failed_shards_are_listed_the_rest_is_safe_and_the_exit_code_says_so(
-    run: Run, base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sae_census.errors import ShardError
     from sae_census.steps.census.shard import Analyzer, ShardTask
@@ -162,14 +130,14 @@ def test_failed_shards_are_listed_the_rest_is_safe_and_the_exit_code_says_so(
         return honest(self, task)
 
     monkeypatch.setattr(Analyzer, "run", refuse_one)
-    code, _, err = run("analyze", *base)
+    code, _, err = cli("analyze", *base)
     assert code == 3
     assert "is left out: ShardError: activations at blocks.1 are NaN" in err
     catalog = Catalog(tmp_path / "runs", "mine")
     assert catalog.manifest["coverage"]["missing"] == refused
     assert not catalog.manifest["coverage"]["complete"]
     monkeypatch.setattr(Analyzer, "run", honest)
-    assert run("analyze", *base)[0] == 0
+    assert cli("analyze", *base)[0] == 0
     assert Catalog(tmp_path / "runs", "mine").manifest["coverage"]["complete"]
 
 
@@ -195,9 +163,9 @@ def test_failed_shards_are_listed_the_rest_is_safe_and_the_exit_code_says_so(
     ],
 )
 def test_every_mistake_is_one_line_and_exit_code_2(
-    run: Run, base: list[str], overrides: list[str], sentence: str
+    cli: Cli, base: list[str], overrides: list[str], sentence: str
 ) -> None:
-    code, _, err = run("analyze", *base, *overrides)
+    code, _, err = cli("analyze", *base, *overrides)
     assert code == 2
     last = err.strip().splitlines()[-1]
     assert last.startswith("error: ")
@@ -205,7 +173,7 @@ def test_every_mistake_is_one_line_and_exit_code_2(
     assert "Traceback" not in err
 
 
-def test_damaged_checkpoints_are_named(run: Run, base: list[str], model_dir: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_named(cli: Cli, base: list[str], model_dir: Path, tmp_path: Path) -> None:
     hollow = tmp_path / "hollow"
     hollow.mkdir()
     shutil.copy(model_dir / "config.json", hollow)
@@ -219,46 +187,46 @@ def test_damaged_checkpoints_are_named(run: Run, base: list[str], model_dir: Pat
         (broken, "no model could be loaded from"),
         (fake, "is not a GGUF file"),
     ):
-        code, _, err = run("analyze", *base, f"model.id={model_id}")
+        code, _, err = cli("analyze", *base, f"model.id={model_id}")
         assert (code, sentence in err) == (2, True), err
 
 
-def test_a_catalog_refuses_other_settings_by_the_name_of_the_field(run: Run, base: list[str]) -> None:
-    assert run("analyze", *base)[0] == 0
+def test_a_catalog_refuses_other_settings_by_the_name_of_the_field(cli: Cli, base: list[str]) -> None:
+    assert cli("analyze", *base)[0] == 0
     for override, field in (
         ("corpus.context_length=12", "preparation.context_length was 16, now 12"),
         ("masks.first_positions=1", "measure.masks.first_positions was 0, now 1"),
         ("batch.contexts=8", "measure.batch_contexts was 32, now 8"),
     ):
-        code, _, err = run("analyze", *base, override)
+        code, _, err = cli("analyze", *base, override)
         assert (code, field in err) == (2, True), err
-    assert run("analyze", *base, "ranking.score=max")[0] == 0
+    assert cli("analyze", *base, "ranking.score=max")[0] == 0
 
 
-def test_a_poor_fit_is_refused_with_its_numbers_when_asked(run: Run, base: list[str]) -> None:
-    code, _, err = run("analyze", *base, "preflight=refuse", "corpus.bos=never")
+def test_a_poor_fit_is_refused_with_its_numbers_when_asked(cli: Cli, base: list[str]) -> None:
+    code, _, err = cli("analyze", *base, "preflight=refuse", "corpus.bos=never")
     assert code == 2
     assert "the fit is " in err
     assert "FVU" in err
 
 
-def test_multirun_makes_one_catalog_for_each_choice(run: Run, base: list[str], tmp_path: Path) -> None:
-    code, _, err = run("analyze", *base[:-2], "cluster.threads_per_worker=1", "catalog.name=a,b", "-m")
+def test_multirun_makes_one_catalog_for_each_choice(cli: Cli, base: list[str], tmp_path: Path) -> None:
+    code, _, err = cli("analyze", *base[:-2], "cluster.threads_per_worker=1", "catalog.name=a,b", "-m")
     assert code == 0, err
     assert Catalog(tmp_path / "runs", "a").digest == Catalog(tmp_path / "runs", "b").digest
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
 
 
 @pytest.mark.parametrize("source", ["{one: [%s/notes.jsonl], two: %s/prose.jsonl}", "[%s/notes.jsonl, %s/prose.jsonl]"])
-def test_sources_may_be_many_or_named(run: Run, base: list[str], corpus_dir: Path, tmp_path: Path, source: str) -> None:
-    code, _, err = run("analyze", *base, "corpus.source=" + source.replace("%s", str(corpus_dir)), "preflight=off")
+def test_sources_may_be_many_or_named(cli: Cli, base: list[str], corpus_dir: Path, tmp_path: Path, source: str) -> None:
+    code, _, err = cli("analyze", *base, "corpus.source=" + source.replace("%s", str(corpus_dir)), "preflight=off")
     assert code == 0, err
     slices = Catalog(tmp_path / "runs", "mine").manifest["coverage"]["slices"]
     assert sorted(slices) == (["one", "two"] if source.startswith("{") else ["all"])
 
 
-def test_events_of_a_run_are_json_lines(run: Run, base: list[str], tmp_path: Path) -> None:
-    run("analyze", *base)
+def test_events_of_a_run_are_json_lines(cli: Cli, base: list[str], tmp_path: Path) -> None:
+    cli("analyze", *base)
     lines = next(tmp_path.glob("runs/events/*.jsonl")).read_text().splitlines()
     kinds = [json.loads(line)["event"] for line in lines]
     assert kinds[0] == "run"

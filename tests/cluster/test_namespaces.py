@@ -132,6 +132,7 @@ def nodes_at_work(root: Path, driver: subprocess.Popen[bytes], wire: Wire, enoug
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_a_node_is_cut_off_comes_back_and_the_catalog_is_that_of_one_process(
     wire: Wire, analyze_config: Callable[..., Any], tmp_path: Path
 ) -> None:

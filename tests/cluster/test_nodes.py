@@ -169,6 +169,7 @@ def test_a_run_outlives_a_node_uses_one_that_joins_and_gives_the_catalog_of_one_
     assert any('"shard_done"' in line for line in events)
 
 
+@pytest.mark.long
 def test_a_run_that_began_on_two_nodes_ends_on_the_one_that_is_left(
     cluster: Cluster, analyze_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TOPICS, rewrite_manifest, write_corpus
-from hydra.core.global_hydra import GlobalHydra
 from reference import Twin
 from scipy import stats
 from scipy.special import expit, logit
 from transformers import AutoModelForCausalLM
 
-from sae_census.cli import command
-from sae_census.cli import compare as compare_job
 from sae_census.compute import comparison as tests
 from sae_census.compute.comparison import Products, Sums, Tokens
 from sae_census.compute.numbers import drift
@@ -174,11 +171,11 @@ def _moved(total: list[int], nums: list[int], odds: float) -> float:
     return u
 
 
-def test_without_a_prior_and_with_equal_documents_z_is_the_statistic_of_a_permutation(monkeypatch):
-    monkeypatch.setattr(tests, "PRIOR_DOCUMENTS", 0)
+def test_without_a_prior_and_with_equal_documents_z_is_the_statistic_of_a_permutation():
     rng = np.random.default_rng(1)
     num_tokens, k = np.full(16, 50), rng.integers(0, 9, (1, 16)) + 1
-    _, p = tests.rate_difference(*(sums_of(k[:, i::2], num_tokens[i::2]) for i in (0, 1)), confidence=0.95)
+    halves = (sums_of(k[:, i::2], num_tokens[i::2]) for i in (0, 1))
+    _, p = tests.rate_difference(*halves, confidence=0.95, prior=0)
     e = k[0] - k[0].mean()
     z = e[0::2].sum() / np.sqrt(8 * 8 / (16 * 15) * (e**2).sum())
     assert p[0] == pytest.approx(2 * stats.norm.sf(abs(z)))
@@ -654,16 +651,8 @@ def test_the_same_text_unknown_slices_and_old_catalogs_are_refused(root, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_the_job_prints_both_directions_with_spans_and_ends_in_two_for_a_mistake(
-    root, drifted, tmp_path, monkeypatch, capsys
-):
-    def run(*overrides: str) -> tuple[int, str, str]:
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["sae-census compare", f"out={tmp_path / 'out'}", *overrides])
-        with pytest.raises(SystemExit) as ended:
-            command.main("compare", CompareConfig, compare_job.job)
-        return int(ended.value.code or 0), *capsys.readouterr()
-
+def test_the_job_prints_both_directions_with_spans_and_ends_in_two_for_a_mistake(root, drifted, tmp_path, cli):
+    run = partial(cli, "compare", f"out={tmp_path / 'out'}")
     world = (f"a.root={root}", f"b.root={root}", "a.name=world", "b.name=world")
     code, out, err = run(*world, "a.slices=[notes]", "b.slices=[prose]", "false_discovery_rate=0.9")
     assert (code, err) == (0, "")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from conftest import Cli
 
 from sae_census.cli import discover as job
 from sae_census.findings import Discovery
@@ -50,16 +51,12 @@ def mapping(sae_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture
-def run(model_dir: Path, mapping: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def run(cli: Cli, model_dir: Path, mapping: Path) -> Cli:
     """Runs the command in this process: (exit code, stdout, stderr)."""
 
     def call(*flags: str, model: bool = True) -> tuple[int, str, str]:
         ours = ["--model", str(model_dir), "--sae", str(mapping), "--dtype", "float32", "--cache_mb", "0"]
-        monkeypatch.setattr(sys, "argv", ["sae_discover", *(ours if model else []), *flags])
-        with pytest.raises(SystemExit) as caught:
-            job.main()
-        streams = capsys.readouterr()
-        return int(caught.value.code or 0), streams.out, streams.err
+        return cli("discover", *(ours if model else []), *flags)
 
     return call
 

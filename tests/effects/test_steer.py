@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
+from conftest import Cli
 from scipy import stats
 from test_sae import GATES, TRANSFORMS, D, F, literal_code, random_sae
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sae_census.cli import ablate, command, steer
 from sae_census.compute.effects import effects
 from sae_census.compute.effects.edits import Edit, edit
 from sae_census.compute.numbers.sae import Gated, SparseAutoencoder
@@ -216,25 +214,7 @@ def test_the_most_lowered_tokens_come_first_and_the_lowest_id_wins_a_tie() -> No
 
 # the jobs
 
-Run = Callable[..., tuple[int, str, str]]
 LATE = "blocks.1.hook_resid_post"
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run a job as its command line would; exit code, stdout, stderr."""
-    jobs: dict[str, Any] = {"steer": (SteerConfig, steer.job), "ablate": (AblateConfig, ablate.job)}
-
-    def call(name: str, *overrides: str) -> tuple[int, str, str]:
-        GlobalHydra.instance().clear()
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [f"sae-census {name}", *overrides])
-        with pytest.raises(SystemExit) as exit_info:
-            command.main(name, *jobs[name])
-        out, err = capsys.readouterr()
-        return int(exit_info.value.code or 0), out, err
-
-    return call
 
 
 hydra_leaks = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -385,16 +365,16 @@ def test_a_catalog_of_another_sae_is_no_witness(
 
 @hydra_leaks
 def test_the_job_prints_both_texts_and_says_when_nothing_was_touched(
-    run: Run, model_dir: Path, sae_dirs: dict[str, Path]
+    cli: Cli, model_dir: Path, sae_dirs: dict[str, Path]
 ) -> None:
     base = [f"model.id={model_dir}", "model.dtype=float32", f"saes=[{{path: {sae_dirs['late']}}}]", "threads=1"]
     base += ["prompt=river water", "generate.max_new_tokens=4"]
-    code, out, err = run("steer", *base, "edits=[{feature: 9, mode: set, value: 30}]")
+    code, out, err = cli("steer", *base, "edits=[{feature: 9, mode: set, value: 30}]")
     assert code == 0, err
     assert "unsteered" in out
     assert f"positions at {LATE}" in out
     assert "nats at the first new token" in out
-    code, out, _ = run("steer", *base, "edits=[{feature: 9, value: 1}]")
+    code, out, _ = cli("steer", *base, "edits=[{feature: 9, value: 1}]")
     assert (code, "the edits left every code as it was" in out) == (0, True)
     for override, sentence in (
         ("edits=[{feature: 96, value: 2}]", "late has no feature 96; expected 0 to 95"),
@@ -405,7 +385,7 @@ def test_the_job_prints_both_texts_and_says_when_nothing_was_touched(
         ),
         ("edits=[{feature: 9, value: nan}]", "should be a finite number"),
     ):
-        code, _, err = run("steer", *base, override)
+        code, _, err = cli("steer", *base, override)
         assert (code, sentence in err) == (2, True), err
         assert "Traceback" not in err
 
@@ -560,10 +540,10 @@ def test_the_tokens_of_the_catalog_are_followed_on_demand(
 
 
 @hydra_leaks
-def test_the_job_prints_intervals_and_names_what_it_skips(run: Run, catalog: Catalog) -> None:
+def test_the_job_prints_intervals_and_names_what_it_skips(cli: Cli, catalog: Catalog) -> None:
     base = [f"store.root={root_of(catalog)}", "catalog.name=mine", "cluster.threads_per_worker=1", "contexts=3"]
     best = catalog.best(1, LATE)["feature_id"][0].as_py()
-    code, out, err = run("ablate", *base, "sae=late", f"features=[5,{best}]", "group=top", "spans=4")
+    code, out, err = cli("ablate", *base, "sae=late", f"features=[5,{best}]", "group=top", "spans=4")
     assert code == 0, err
     assert "zeroed on top spans" in out
     assert "\ncomputed  in float32\n" in out
@@ -578,5 +558,5 @@ def test_the_job_prints_intervals_and_names_what_it_skips(run: Run, catalog: Cat
         ("group=non_activating", "group is non_activating; expected one of"),
         ("catalog.name=yours", "there is no catalog 'yours'"),
     ):
-        code, _, err = run("ablate", *base, "sae=late", override)
+        code, _, err = cli("ablate", *base, "sae=late", override)
         assert (code, sentence in err) == (2, True), err

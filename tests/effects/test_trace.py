@@ -2,23 +2,21 @@
 
 import csv
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
+from conftest import Cli
 from test_hooks import LAYOUTS, NUM_LAYERS, TINY
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sae_census import trace_feature
-from sae_census.cli import command
-from sae_census.cli import trace as jobs_trace
 from sae_census.compute.effects import linear, tangent
 from sae_census.compute.effects.linear import Split
 from sae_census.compute.numbers.sae import Gate, Gated, JumpRelu, Relu, SparseAutoencoder, TopK, Transform
@@ -567,22 +565,11 @@ def test_one_feature_of_one_text_is_traced_in_a_notebook(model_dir: Path, sae_di
 
 # --- the command ---
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def run(store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    def call(*overrides: str) -> tuple[int, str, str]:
-        GlobalHydra.instance().clear()
-        monkeypatch.chdir(tmp_path)
-        base = (f"store.root={store}", "catalog.name=tiny", "cluster.threads_per_worker=1", "device=cpu")
-        monkeypatch.setattr(sys, "argv", ["sae-census trace", *base, *overrides])
-        with pytest.raises(SystemExit) as exit_info:
-            command.main("trace", TraceConfig, jobs_trace.job)
-        out, err = capsys.readouterr()
-        return int(exit_info.value.code or 0), out, err
-
-    return call
+def run(cli: Cli, store: Path) -> Cli:
+    base = (f"store.root={store}", "catalog.name=tiny", "cluster.threads_per_worker=1", "device=cpu")
+    return partial(cli, "trace", *base)
 
 
 # Hydra leaves the handling of its log files to the garbage collector
@@ -590,7 +577,7 @@ hydra = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.Py
 
 
 @hydra
-def test_the_command_prints_what_features_come_from_and_where_the_rest_is(run: Run, store: Path) -> None:
+def test_the_command_prints_what_features_come_from_and_where_the_rest_is(run: Cli, store: Path) -> None:
     feature = Catalog(store, "tiny").best(1, sae="late").to_pylist()[0]["feature_id"]
     code, out, err = run("sae=late", f"features=[{feature}]", "spans=2")
     assert code == 0, err
@@ -612,7 +599,7 @@ def test_the_command_prints_what_features_come_from_and_where_the_rest_is(run: R
         ("sae=nobody", "sae=nobody fits no SAE of catalog 'tiny'; it has early at"),
     ],
 )
-def test_every_mistake_is_one_line_and_exit_code_2(run: Run, override: str, sentence: str) -> None:
+def test_every_mistake_is_one_line_and_exit_code_2(run: Cli, override: str, sentence: str) -> None:
     code, _, err = run(override)
     assert code == 2
     (line,) = err.strip().splitlines()
@@ -620,7 +607,7 @@ def test_every_mistake_is_one_line_and_exit_code_2(run: Run, override: str, sent
 
 
 @hydra
-def test_spans_that_fail_are_listed_and_the_exit_code_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spans_that_fail_are_listed_and_the_exit_code_says_so(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     from sae_census.steps.effects import tracing
 
     honest, calls = tracing.split, []

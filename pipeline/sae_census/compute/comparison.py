@@ -151,13 +151,13 @@ class _Shared:
     size_b: Column
 
 
-def _shared(a: Sums, b: Sums, products: Products | None = None) -> _Shared:
+def _shared(a: Sums, b: Sums, products: Products | None = None, prior: int = PRIOR_DOCUMENTS) -> _Shared:
     total = a.residual_square(a.rate) + b.residual_square(b.rate)
     alone = a.token_variance * a.of.tokens + b.token_variance * b.of.tokens
     alike = a.token_variance * a.of.square + b.token_variance * b.of.square
     icc = np.clip(_ratio(total - alone, alike - alone), 0, 1)
     size_a, size_b = ((1 - icc) * s.of.tokens + icc * s.of.square for s in (a, b))
-    weight_a, weight_b = (s.firing_documents / (s.firing_documents + PRIOR_DOCUMENTS) for s in (a, b))
+    weight_a, weight_b = (s.firing_documents / (s.firing_documents + prior) for s in (a, b))
     if products is not None:
         total = np.maximum(total - 2 * products.residual_product(a.rate, b.rate), 0)
     return _Shared(weight_a=weight_a, weight_b=weight_b, total=total, size_a=size_a, size_b=size_b)
@@ -169,7 +169,7 @@ def _ratio(x: Column, y: Column) -> Column:
 
 
 def rate_difference(
-    a: Sums, b: Sums, *, confidence: float, products: Products | None = None
+    a: Sums, b: Sums, *, confidence: float, products: Products | None = None, prior: int = PRIOR_DOCUMENTS
 ) -> tuple[Interval, Column]:
     """The difference of two rates with its interval, and the p-value of no difference (two-sided).
 
@@ -180,6 +180,7 @@ def rate_difference(
         products: of sets that hold the same documents. What a document has in both then cancels, f is 1, the
             variance is the sets' own, and z² at delta = 0 is the statistic of flipping the signs of documents.
             Without them the test of such sets is conservative where a document is alike in both.
+        prior: how many documents what both sets share weighs in the variance of one.
     """
     num_a, num_b = a.of.tokens, b.of.tokens
     share_a, share_b = num_a / (num_a + num_b), num_b / (num_a + num_b)
@@ -189,7 +190,7 @@ def rate_difference(
     c0 = np.zeros_like(a.value)
     factor = 1.0
     if products is None:
-        both = _shared(a, b)
+        both = _shared(a, b, prior=prior)
         c0 = (1 - both.weight_a) * unit_a * both.size_a + (1 - both.weight_b) * unit_b * both.size_b
         c0 *= _ratio(both.total, both.size_a + both.size_b)
         unit_a, unit_b = both.weight_a * unit_a, both.weight_b * unit_b

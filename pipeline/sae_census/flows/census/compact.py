@@ -48,6 +48,7 @@ def compact(
     snapshot: int | None = None,
     *,
     prune: bool = False,
+    fan: int = tree.FAN,
     cluster: ClusterConfig | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Compaction:
@@ -58,6 +59,7 @@ def compact(
         name: of the catalog.
         snapshot: its number; the newest, if none is named.
         prune: then delete what the roots stand for: partials and smaller nodes. Nothing else may use the store.
+        fan: a node of at most so many shards is made of their partials, any other of the nodes below it.
         cluster: who does the work; this process, if nothing is said.
         say: hears every line that is meant for people; by default they go to stderr.
 
@@ -75,7 +77,7 @@ def compact(
             f"catalog {name!r} keeps all codes, which only its partials hold: they cannot be pruned; compact it without"
         )
     blobs = LocalBlobs(root)
-    measures = _measures(blobs, catalog)
+    measures = _measures(blobs, catalog, fan)
     bytes_before = _bytes(blobs, measures)
     voice = Voice(blobs, layout.events(new_run()), say)
     with (
@@ -99,7 +101,7 @@ def compact(
 class _Measure:
     """One SAE of a snapshot: what of its shards is there."""
 
-    def __init__(self, blobs: LocalBlobs, measure_id: str, num_features: int, shards: list[ShardRecord]):
+    def __init__(self, blobs: LocalBlobs, measure_id: str, num_features: int, shards: list[ShardRecord], fan: int):
         self._blobs = blobs
         self.measure_id, self.num_features = measure_id, num_features
         self.nodes = tree.Nodes(blobs, measure_id)
@@ -108,7 +110,7 @@ class _Measure:
         by_slice: dict[str, list[str]] = {}
         for shard in shards:
             by_slice.setdefault(shard.slice, []).append(shard.shard_id)
-        self._trees = {name: tree.levels(by_slice[name]) for name in sorted(by_slice)}
+        self._trees = {name: tree.levels(by_slice[name], fan) for name in sorted(by_slice)}
 
     def levels(self) -> list[list[tuple[str, tuple[str, ...]]]]:
         """Slice and shards of every node, those of all slices level by level, the deepest first and all roots last."""
@@ -138,14 +140,14 @@ class _Measure:
         return NodeTask(measure_id=self.measure_id, num_features=self.num_features, units=units)
 
 
-def _measures(blobs: LocalBlobs, catalog: Catalog) -> list[_Measure]:
+def _measures(blobs: LocalBlobs, catalog: Catalog, fan: int) -> list[_Measure]:
     """Of every SAE of a snapshot; SAEs that are equal share one."""
     shards = [ShardRecord.model_validate(shard) for shard in catalog.manifest["shards"]]
     sites = {}
     for site, measure_id in plan.measure_ids(catalog.manifest["identity"]["measure"]).items():
         sites[measure_id] = SiteKey.parse(site)
     return [
-        _Measure(blobs, key, catalog.of_sae(str(site.hook_point), site.sae).num_rows, shards)
+        _Measure(blobs, key, catalog.of_sae(str(site.hook_point), site.sae).num_rows, shards, fan)
         for key, site in sites.items()
     ]
 

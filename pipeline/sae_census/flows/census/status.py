@@ -8,6 +8,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -20,15 +21,30 @@ from sae_census.records import Receipt
 from sae_census.steps.store import layout
 from sae_census.steps.store.progress import BEAT_SECONDS
 
-SILENT_SECONDS = 6 * BEAT_SECONDS
-"""A run that gave no sign of life for so long is taken for dead."""
-STRAGGLER_RATIO, STRAGGLER_SECONDS = 3.0, 10.0
-"""A shard straggles if it takes more than so many medians, and longer than this."""
 _MIN_FOR_MEDIAN = 3
 
 
-def status(config: StatusConfig) -> list[RunStatus]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """When a run is taken for dead, and a shard for slow."""
+
+    silent_seconds: float = 6 * BEAT_SECONDS
+    """A run that gave no sign of life for so long is taken for dead."""
+    straggler_ratio: float = 3.0
+    """A shard straggles if it takes more than so many medians, …"""
+    straggler_seconds: float = 10.0
+    """… and longer than this."""
+
+
+LIMITS = Limits()
+
+
+def status(config: StatusConfig, limits: Limits = LIMITS) -> list[RunStatus]:
     """The newest runs, newest first.
+
+    Args:
+        config: which store, which catalog, how many runs.
+        limits: when a run is taken for dead, and a shard for slow.
 
     Raises:
         ConfigError: if there is no store, or no run in it that fits.
@@ -36,7 +52,7 @@ def status(config: StatusConfig) -> list[RunStatus]:
     blobs = LocalBlobs(config.store.root)
     if not blobs.path(layout.events("x")).parent.is_dir():
         raise ConfigError(f"store.root {config.store.root} holds no runs; give the root of an analysis")
-    fitting = (run for run in runs(blobs) if config.catalog is None or config.catalog in run.catalog.split("+"))
+    fitting = (run for run in runs(blobs, limits) if config.catalog is None or config.catalog in run.catalog.split("+"))
     found = list(islice(fitting, config.last))
     if not found:
         what = f" of catalog {config.catalog}" if config.catalog else ""
@@ -44,11 +60,11 @@ def status(config: StatusConfig) -> list[RunStatus]:
     return found
 
 
-def runs(blobs: LocalBlobs) -> Iterator[RunStatus]:
+def runs(blobs: LocalBlobs, limits: Limits = LIMITS) -> Iterator[RunStatus]:
     """All runs of a store, newest first."""
     names = {path.name.split(".")[0] for path in blobs.path(layout.events("x")).parent.glob("*.jsonl")}
     for run_id in sorted(names, reverse=True):
-        told = _Told(blobs, run_id)
+        told = _Told(blobs, run_id, limits)
         if told.began:
             yield told.status(time.time())
 
@@ -56,8 +72,8 @@ def runs(blobs: LocalBlobs) -> Iterator[RunStatus]:
 class _Told:
     """What the events of one run say, in their order."""
 
-    def __init__(self, blobs: LocalBlobs, run_id: str):
-        self._blobs, self._run_id = blobs, run_id
+    def __init__(self, blobs: LocalBlobs, run_id: str, limits: Limits):
+        self._blobs, self._run_id, self._limits = blobs, run_id, limits
         self.began: dict[str, Any] = {}
         self.end: dict[str, Any] = {}
         self.stage: dict[str, Any] = {}
@@ -189,7 +205,7 @@ class _Told:
                 return "interrupted"
             case "failed", _:
                 return "failed"
-        return "running" if now - self.seen_at < SILENT_SECONDS else "silent"
+        return "running" if now - self.seen_at < self._limits.silent_seconds else "silent"
 
     def _count_receipts(self) -> None:
         """Add shards that were committed in the last seconds, before an event could say so."""
@@ -203,7 +219,7 @@ class _Told:
             except CensusError:
                 continue  # damaged: it will be analysed again
             ran = max(found, key=lambda one: one["at"])
-            if self.plan["at"] <= ran["at"] <= self.seen_at + SILENT_SECONDS:
+            if self.plan["at"] <= ran["at"] <= self.seen_at + self._limits.silent_seconds:
                 self._over({"shard_id": shard_id, "at": ran["at"]})
                 self.seconds[shard_id] = ran["seconds"]
                 self.seen_at = max(self.seen_at, ran["at"])
@@ -222,7 +238,7 @@ class _Told:
                 median_seconds=usual,
             )
             for shard_id, seconds in sorted(slow.items(), key=lambda item: (-item[1], item[0]))
-            if seconds > max(STRAGGLER_RATIO * usual, STRAGGLER_SECONDS)
+            if seconds > max(self._limits.straggler_ratio * usual, self._limits.straggler_seconds)
         )
 
 

@@ -18,13 +18,14 @@ FAN = 16
 """A node of at most so many shards is made of their partials, any other of the nodes below it."""
 
 
-def levels(shard_ids: Iterable[str]) -> list[list[tuple[str, ...]]]:
+def levels(shard_ids: Iterable[str], fan: int = FAN) -> list[list[tuple[str, ...]]]:
     """The shards of every node of a tree, deepest nodes first; the last is the root, of all shards.
 
     One shard makes no node: its partial is all that there is to say.
 
     Args:
         shard_ids: of one slice, in any order.
+        fan: a node of at most so many shards has no nodes below it.
     """
     found: dict[int, list[tuple[str, ...]]] = {}
 
@@ -32,7 +33,7 @@ def levels(shard_ids: Iterable[str]) -> list[list[tuple[str, ...]]]:
         if len(members) < 2:
             return
         found.setdefault(depth, []).append(members)
-        if len(members) > FAN:
+        if len(members) > fan:
             digit = next(i for i in range(len(members[0])) if len({shard_id[i] for shard_id in members}) > 1)
             for _, below in groupby(members, key=lambda shard_id: shard_id[digit]):
                 grow(tuple(below), depth + 1)

@@ -39,9 +39,15 @@ def new_run() -> str:
 class Voice:
     """Tells what happens; one for a run."""
 
-    def __init__(self, blobs: LocalBlobs, key: str, listener: Callable[[str], None] | None = None):
-        """Speak on stderr, or to a listener instead; events go to `key`."""
-        self._blobs, self._key, self._listener = blobs, key, listener
+    def __init__(
+        self,
+        blobs: LocalBlobs,
+        key: str,
+        listener: Callable[[str], None] | None = None,
+        file_bytes: int = _FILE_BYTES,
+    ):
+        """Speak on stderr, or to a listener instead; events go to `key`, and to the next file once one is full."""
+        self._blobs, self._key, self._listener, self._file_bytes = blobs, key, listener, file_bytes
         self._console = Console(stderr=True)
         self._lines: list[str] = []
         self._num_files = 0
@@ -93,7 +99,7 @@ class Voice:
                 return
             body = ("\n".join(lines) + "\n").encode()
             self._blobs.put(layout.next_file(self._key, self._num_files), body)
-            if len(body) > _FILE_BYTES:
+            if len(body) > self._file_bytes:
                 self._lines, self._num_files = [], self._num_files + 1
 
     @contextmanager
