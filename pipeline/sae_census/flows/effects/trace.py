@@ -99,11 +99,14 @@ class Tracing:
 
 
 def trace(config: TraceConfig, say: Callable[[str], None] | None = None) -> Tracing:
-    """Run the job.
+    """Split the pre-activations of features at some of their spans into what the model's parts wrote, as tables.
 
     Args:
-        config: of the job.
+        config: which catalog, features and spans.
         say: hears every line that is meant for people; by default they go to stderr.
+
+    Returns:
+        The rows of this run, how many features and spans they are of, and what could not be traced.
 
     Raises:
         UserError: if the catalog has no such SAE, feature or group, or model and SAEs are no longer its own.
