@@ -60,7 +60,13 @@ def twins(names: Iterable[str]) -> tuple[str, str] | None:
 
 @dataclass(frozen=True, slots=True, order=True)
 class HookPoint:
-    """Where activations are read: a stream of a block, written `blocks.15.hook_resid_post`."""
+    """Where activations are read: a stream of a block, written `blocks.15.hook_resid_post`.
+
+    >>> HookPoint.parse("model.layers.15")
+    HookPoint(layer=15, stream='resid_post')
+    >>> str(HookPoint(3, "attn_z"))
+    'blocks.3.attn.hook_z'
+    """
 
     layer: int
     stream: Stream

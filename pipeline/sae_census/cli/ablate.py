@@ -55,5 +55,5 @@ def _interval(row: dict[str, Any], name: str) -> str:
 
 
 def main() -> None:
-    """Run the job as a program and exit."""
+    """`sae-census ablate`: take overrides from the command line, print what came out, and exit with its code."""
     command.main("ablate", AblateConfig, job)

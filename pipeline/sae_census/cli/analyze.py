@@ -70,5 +70,5 @@ def _summary(analysis: Analysis) -> str:
 
 
 def main() -> None:
-    """Run the job as a program and exit."""
+    """`sae-census analyze`: take overrides from the command line, print what came out, and exit with its code."""
     command.main("analyze", AnalyzeConfig, job)

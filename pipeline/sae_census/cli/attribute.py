@@ -56,5 +56,5 @@ def _shown(token: str) -> str:
 
 
 def main() -> None:
-    """Run the job as a program and exit."""
+    """`sae-census attribute`: take overrides from the command line, print what came out, and exit with its code."""
     command.main("attribute", AttributeConfig, job)

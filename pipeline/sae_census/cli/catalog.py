@@ -129,5 +129,5 @@ def _strongest(catalog: Catalog, site: SiteKey, feature: int) -> Text:
 
 
 def main() -> None:
-    """Run the job as a program and exit."""
+    """`sae-census catalog`: take overrides from the command line, print what came out, and exit with its code."""
     command.main("catalog", SnapshotsConfig, job)

@@ -115,5 +115,5 @@ def _drift(summary: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Run the job as a program and exit."""
+    """`sae-census compare`: take overrides from the command line, print what came out, and exit with its code."""
     command.main("compare", CompareConfig, job)

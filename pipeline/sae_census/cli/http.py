@@ -138,7 +138,11 @@ def _problem(code: int, field: str | None, message: str, headers: Any = None) ->
 
 
 class LocalHosts:
-    """Refuses requests under a host name that is not of this machine: a page of a stranger may bring its own."""
+    """Refuses requests under a host name that is not of this machine: a page of a stranger may bring its own.
+
+    Starlette's TrustedHostMiddleware answers in plain text, where every error here is `Problems`, and releases that
+    pyproject.toml admits take `[::1]:8000` apart at the first colon.
+    """
 
     def __init__(self, app: ASGIApp, names: Sequence[str]):
         self._app, self._names = app, names

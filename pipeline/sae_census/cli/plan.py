@@ -46,5 +46,5 @@ def _mib(num_bytes: int) -> str:
 
 
 def main() -> None:
-    """Run the job as a program and exit."""
+    """`sae-census plan`: take overrides from the command line, print what came out, and exit with its code."""
     command.main("analyze", AnalyzeConfig, job)

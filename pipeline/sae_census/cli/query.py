@@ -55,5 +55,5 @@ def _cell(value: Any) -> str:
 
 
 def main() -> None:
-    """Run the job as a program and exit."""
+    """`sae-census query`: take overrides from the command line, print what came out, and exit with its code."""
     command.main("query", QueryConfig, job)

@@ -24,5 +24,5 @@ def summary(report: Report) -> str:
 
 
 def main() -> None:
-    """Run the job as a program and exit."""
+    """`sae-census report`: take overrides from the command line, print what came out, and exit with its code."""
     command.main("report", ReportConfig, job)

@@ -338,5 +338,5 @@ def job(config: ServeConfig) -> int:
 
 
 def main() -> None:
-    """Run the job as a program and exit."""
+    """`sae-census serve`: take overrides from the command line, and answer until it is stopped."""
     command.main("serve", ServeConfig, job)

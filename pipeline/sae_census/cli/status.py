@@ -86,5 +86,5 @@ def _clock(at: float) -> str:
 
 
 def main() -> None:
-    """Run the job as a program and exit."""
+    """`sae-census status`: take overrides from the command line, print what came out, and exit with its code."""
     command.main("status", StatusConfig, job)

@@ -65,5 +65,5 @@ def _firings(text: Text, one: EditedFeature) -> str:
 
 
 def main() -> None:
-    """Run the job as a program and exit."""
+    """`sae-census steer`: take overrides from the command line, print what came out, and exit with its code."""
     command.main("steer", SteerConfig, job)

@@ -26,5 +26,5 @@ def job(config: SweepConfig) -> int:
 
 
 def main() -> None:
-    """Run the job as a program and exit."""
+    """`sae-census sweep`: take overrides from the command line, print what came out, and exit with its code."""
     command.main("sweep", SweepConfig, job)

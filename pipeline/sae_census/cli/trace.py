@@ -63,5 +63,5 @@ def _summary(tracing: Tracing) -> str:
 
 
 def main() -> None:
-    """Run the job as a program and exit."""
+    """`sae-census trace`: take overrides from the command line, print what came out, and exit with its code."""
     command.main("trace", TraceConfig, job)

@@ -27,5 +27,5 @@ def job(config: VerifyConfig) -> int:
 
 
 def main() -> None:
-    """Run the job as a program and exit."""
+    """`sae-census verify`: take overrides from the command line, print what came out, and exit with its code."""
     command.main("verify", VerifyConfig, job)

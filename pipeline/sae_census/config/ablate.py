@@ -8,7 +8,15 @@ from sae_census.config.sections import CatalogConfig, ClusterConfig, Section, St
 
 
 class AblateConfig(Section):
-    """`sae-census ablate`: features of a catalog are zeroed over a sample of their spans."""
+    """What `ablate` zeroes: which features of which catalog, and over how many of their spans.
+
+    >>> config = AblateConfig(features=(3, 5), hook_point="blocks.1.hook_resid_post", spans=8)
+    >>> config.group, config.confidence
+    ('random', 0.95)
+
+    Raises:
+        pydantic.ValidationError: if a key is not known or a value is out of range; also a ValueError.
+    """
 
     store: StoreConfig = StoreConfig()
     catalog: CatalogConfig = CatalogConfig()

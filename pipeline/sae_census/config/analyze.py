@@ -26,7 +26,17 @@ from sae_census.config.sections import (
 
 
 class AnalyzeConfig(Section):
-    """`sae-census analyze`: a model, SAEs and a corpus become a catalog."""
+    """What `analyze` does: a model, SAEs and a corpus become a catalog in a store.
+
+    Sections and keys are those of `sae-census analyze`; every one has a default.
+
+    >>> config = AnalyzeConfig(corpus={"context_length": 64}, store={"root": "runs"})
+    >>> config.model.id, config.corpus.context_length, config.corpus.packing
+    ('embedded:model', 64, 'concat')
+
+    Raises:
+        pydantic.ValidationError: if a key is not known or a value is out of range; also a ValueError.
+    """
 
     model: ModelConfig = ModelConfig()
     saes: tuple[SaeConfig, ...] = EMBEDDED_SAES

@@ -8,7 +8,15 @@ Subsamples = dict[str, dict[str, int | float]]
 
 
 class FeatureAnalyzerConfig(Section):
-    """Statistics and samples of a stream of activations that the caller brings."""
+    """How many tokens `FeatureAnalyzer` reads of a stream, which of them count, and what it keeps of every feature.
+
+    >>> kept = {"top": {"proportion": 1.0, "n_samples": 2}}
+    >>> FeatureAnalyzerConfig(total_analyzing_tokens=1000, subsamples=kept).seed
+    0
+
+    Raises:
+        pydantic.ValidationError: if a key is not known or a value is out of range; also a ValueError.
+    """
 
     total_analyzing_tokens: PositiveInt
     """Stop after the batch that reaches this many tokens, ignored ones included."""

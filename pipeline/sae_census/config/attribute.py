@@ -49,7 +49,14 @@ class AttributeConfig(Section):
 
 
 class DirectLogitAttributorConfig(Section):
-    """Of `DirectLogitAttributor`."""
+    """How `DirectLogitAttributor` projects decoder rows, and how many tokens it keeps of each sign.
+
+    >>> DirectLogitAttributorConfig(top_k=3).mode
+    'direction'
+
+    Raises:
+        pydantic.ValidationError: if a key is not known or a value is out of range; also a ValueError.
+    """
 
     top_k: PositiveInt = 10
     """Tokens of each sign."""

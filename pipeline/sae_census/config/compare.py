@@ -52,7 +52,15 @@ class TestedSection(Section):
 
 
 class CompareConfig(TestedSection):
-    """`sae-census compare`: which features tell a from b."""
+    """What `compare` holds against each other: side a and side b, each some slices of a catalog, or sets of prompts.
+
+    >>> config = CompareConfig(a={"root": "runs", "name": "first"}, b={"root": "runs", "name": "second"})
+    >>> config.rank_by, config.false_discovery_rate
+    ('log_odds', 0.05)
+
+    Raises:
+        pydantic.ValidationError: if a key is not known or a value is out of range; also a ValueError.
+    """
 
     a: SideConfig = SideConfig()
     b: SideConfig = SideConfig()

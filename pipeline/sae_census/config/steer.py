@@ -41,7 +41,15 @@ class KnownCatalog(Section):
 
 
 class SteerConfig(Section):
-    """`sae-census steer`: a prompt and edits become steered and unsteered text side by side."""
+    """What `steer` edits, where, and how it continues the prompt.
+
+    >>> config = SteerConfig(edits=[{"hook_point": "blocks.15.hook_resid_post", "feature": 654, "value": 0}])
+    >>> config.edits[0].mode, config.model.id
+    ('scale', 'embedded:model')
+
+    Raises:
+        pydantic.ValidationError: if a key is not known or a value is out of range; also a ValueError.
+    """
 
     model: ModelConfig = ModelConfig()
     saes: tuple[SaeConfig, ...] = EMBEDDED_SAES

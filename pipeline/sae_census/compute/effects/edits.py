@@ -26,7 +26,12 @@ ErrorTerm = Literal["keep", "drop"]
 class Edit:
     """A new code for one feature: value x code (scale), code + value (add) or value (set).
 
-    The new code may be negative: scale by -1 turns a feature round.
+    The new code may be negative: scale by -1 turns a feature round. Codes are in the SAE's own unit.
+
+    >>> Edit(feature=5, value=0)  # ablates it
+    Edit(feature=5, value=0, mode='scale')
+    >>> Edit(feature=5, value=2.5, mode="add").applied(torch.tensor([0.0, 1.0]))
+    tensor([2.5000, 3.5000])
     """
 
     feature: int

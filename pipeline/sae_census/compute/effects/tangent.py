@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
-from scipy.stats import rankdata
 from torch import Tensor
+
+from sae_census.compute.numbers.drift import rank_correlation
 
 
 def slope(
@@ -33,10 +34,9 @@ class Quality:
 
 def quality(estimate: Float64[np.ndarray, " N"], truth: Float64[np.ndarray, " N"]) -> Quality:
     """Compare estimated with true pre-activations of the same tokens (ties share their mean rank)."""
-    ranks = np.stack([rankdata(estimate), rankdata(truth)])
-    varies = bool((ranks.std(axis=1) > 0).all())
+    correlation = rank_correlation(estimate, truth)
     return Quality(
-        rank_correlation=float(np.corrcoef(ranks)[0, 1]) if varies else float("nan"),
+        rank_correlation=float("nan") if correlation is None else correlation,
         sign_agreement=float(((estimate > 0) == (truth > 0)).mean()),
     )
 

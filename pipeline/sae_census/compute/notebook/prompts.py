@@ -22,7 +22,11 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class FeatureRanking:
-    """One feature of a ranking; the optional fields belong to rankings of two sets."""
+    """One feature of a ranking; the optional fields belong to rankings of two sets.
+
+    >>> FeatureRanking(feature_id=7, score=1.5).pos_mean is None
+    True
+    """
 
     feature_id: int
     score: float
@@ -42,7 +46,14 @@ class FeatureRanking:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptCodes:
-    """The codes of the last token of every prompt, and how they were read."""
+    """The codes of the last token of every prompt, and how they were read: what `observe_prompts` gives.
+
+    >>> seen = observe_prompts(model.inner, tokenizer, sae, ["river water", "sugar"], layer_idx=1)
+    >>> tuple(seen.shape), seen.hook_point, seen.dtype
+    ((2, 96), 'blocks.1.hook_resid_post', 'float32')
+    >>> tuple(seen.dense().shape)
+    (2, 96)
+    """
 
     codes: Codes
     """Signed; the row is the prompt, the position 0."""
@@ -71,7 +82,13 @@ class PromptCodes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetSums:
-    """What a set of prompts adds up to. Sets that share no prompt merge to the bit, in any order."""
+    """What a set of prompts adds up to. Sets that share no prompt merge to the bit, in any order.
+
+    >>> first, second = SetSums.of(torch.tensor([[0.0, 2.0]])), SetSums.of(torch.tensor([[1.0, 4.0]]))
+    >>> both = first.merge(second)
+    >>> both.num_prompts, both.mean().tolist(), both.fired.tolist()
+    (2, [0.5, 3.0], [1, 2])
+    """
 
     num_prompts: int
     fired: Int64[np.ndarray, " F"]
@@ -158,6 +175,13 @@ def differential_features(
         top_n: at most this many entries.
         by: what the score is.
 
+    Returns:
+        One entry a feature with means, firing rates (0 to 1) and effect size, by score.
+
+    >>> pos, neg = torch.tensor([[3.0, 0.0], [5.0, 0.0]]), torch.tensor([[1.0, 2.0]])
+    >>> [(one.feature_id, one.score, one.pos_fire_rate) for one in differential_features(pos, neg)]
+    [(0, 3.0, 1.0), (1, -2.0, 0.0)]
+
     Raises:
         ValueError: if the sets have different features, one of them is empty or holds NaN, or an effect size is
             asked of fewer than three prompts.
@@ -208,6 +232,16 @@ def strongest_features(codes: Codes, top_n: int) -> list[FeatureRanking]:
 def scan_prompts_for_feature(codes: Float[Tensor, "P F"] | PromptCodes, feature_id: int) -> Float[Tensor, " P"]:
     """The code of one feature on every prompt; 0 where it did not fire.
 
+    Args:
+        codes: (P, F) of P prompts, dense or sparse.
+        feature_id: from 0 on.
+
+    Returns:
+        (P,) codes, in the order of prompts and the SAE's own unit.
+
+    >>> scan_prompts_for_feature(torch.tensor([[0.0, 2.0], [1.0, 4.0]]), 1)
+    tensor([2., 4.])
+
     Raises:
         IndexError: if there is no such feature; ids do not count from the end.
     """
@@ -225,6 +259,16 @@ def scan_prompts_for_feature(codes: Float[Tensor, "P F"] | PromptCodes, feature_
 def fire_rate(codes: Float[Tensor, "P F"] | PromptCodes, feature_id: int) -> float:
     """Share of prompts on which a feature's code is not 0.
 
+    Args:
+        codes: (P, F) of P prompts, dense or sparse.
+        feature_id: from 0 on.
+
+    Returns:
+        A share from 0 to 1.
+
+    >>> fire_rate(torch.tensor([[0.0, 2.0], [1.0, 4.0]]), 0)
+    0.5
+
     Raises:
         IndexError: if there is no such feature.
         ValueError: if there are no prompts.
@@ -236,7 +280,17 @@ def fire_rate(codes: Float[Tensor, "P F"] | PromptCodes, feature_id: int) -> flo
 
 
 def pretty_ranking(ranking: Sequence[FeatureRanking]) -> str:
-    """One line for each entry, in the form of its kind."""
+    """A ranking as text for people.
+
+    Args:
+        ranking: of one prompt, or of two sets.
+
+    Returns:
+        One line for each entry: its code, or the means and firing rates of both sets.
+
+    >>> print(pretty_ranking([FeatureRanking(feature_id=7, score=1.5)]))
+     feat      7 act= +1.5000
+    """
     lines = []
     for one in ranking:
         line = f" feat {one.feature_id:>6d} "

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float64, Int64
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 
 from sae_census.compute.numbers.stats import BINS_PER_OCTAVE
 
@@ -29,9 +29,9 @@ def _shares(histogram: Int64[np.ndarray, "F H"]) -> Float64[np.ndarray, "F H"]:
 
 def rank_correlation(a: Float64[np.ndarray, " F"], b: Float64[np.ndarray, " F"]) -> float | None:
     """Spearman's: the correlation of ranks, ties sharing their mean rank; None where a side is constant or empty."""
-    x, y = (rankdata(scores) - (len(scores) + 1) / 2 for scores in (a, b))
-    norm = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / norm if norm else None
+    if any(len(np.unique(scores)) < 2 for scores in (a, b)):
+        return None
+    return float(spearmanr(a, b).statistic)
 
 
 def overlap(a: Float64[np.ndarray, " F"], b: Float64[np.ndarray, " F"], sizes: Sequence[int]) -> dict[int, float]:

@@ -82,11 +82,14 @@ def write_logits(
 
 
 def attribute(config: AttributeConfig, say: Callable[[str], None] | None = None) -> Attribution:
-    """Run the job.
+    """Write the tokens that every feature promotes and suppresses most, by the direct path to the logits.
 
     Args:
-        config: of the job.
+        config: model, SAEs, number of tokens, and the catalog or folder.
         say: hears every line that is meant for people; by default they go to stderr.
+
+    Returns:
+        Where the tables were written, a folder or a new snapshot of a catalog, and what they hold.
 
     Raises:
         UserError: if the user must change something.

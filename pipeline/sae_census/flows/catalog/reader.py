@@ -28,10 +28,28 @@ def catalog_names(root: str | Path) -> list[str]:
 
 
 class Catalog:
-    """A published snapshot. Tables are pyarrow tables; `.to_pandas()` or polars' `from_arrow` take them on."""
+    """A published snapshot: features, spans and statistics, read from a store without model or GPU.
+
+    Tables are pyarrow tables; `.to_pandas()` or polars' `from_arrow` take them on.
+
+    >>> catalog = Catalog(root)
+    >>> catalog.saes
+    ['blocks.0.hook_resid_post/early', 'blocks.1.hook_resid_post/late']
+    >>> catalog.features.num_rows  # 64 + 96
+    160
+    >>> best = catalog.best(1, hook_point="blocks.1.hook_resid_post", sae="late").to_pylist()[0]
+    >>> spans = catalog.spans(best["hook_point"], best["sae"], best["feature_id"], ["top"])
+    >>> spans["value"].to_pylist() == sorted(spans["value"].to_pylist(), reverse=True)
+    True
+    """
 
     def __init__(self, root: str | Path, name: str = "default", snapshot: int | None = None):
         """Open the newest snapshot, or a numbered one.
+
+        Args:
+            root: the store's folder, `store.root` of `analyze`.
+            name: of the catalog.
+            snapshot: its number, from 1 on; None: the newest.
 
         Raises:
             ConfigError: if there is none.

@@ -39,11 +39,14 @@ class Report:
 
 
 def write_report(config: ReportConfig, say: Callable[[str], None] | None = None) -> Report:
-    """Run the job.
+    """Write a catalog as pages that a browser opens from disk.
 
     Args:
-        config: of the job.
+        config: which catalog and snapshot, and how many features are shown.
         say: hears every line that is meant for people; by default they go to stderr.
+
+    Returns:
+        Where the pages lie, how many files and bytes they are, and the seconds it took.
 
     Raises:
         UserError: if there is no such catalog, or its disk is full.

@@ -39,11 +39,21 @@ class Analysis:
 
 
 def analyze(config: AnalyzeConfig, say: Callable[[str], None] | None = None) -> Analysis:
-    """Run the job.
+    """Count, measure and sample every feature of the SAEs over the corpus, and publish a snapshot of the catalog.
+
+    Shards that the store already holds are not analysed again.
 
     Args:
-        config: of the job.
+        config: model, SAEs, corpus, samples, store and workers.
         say: hears every line that is meant for people; by default they go to stderr.
+
+    Returns:
+        The published snapshot as a `Catalog`, whether it says anything new, the shards that failed, and seconds by
+        stage.
+
+    >>> done = analyze(config, say=lambda line: None)
+    >>> done.catalog.saes, done.is_new, done.failures
+    (['blocks.1.hook_resid_post/late'], True, ())
 
     Raises:
         UserError: if the user must change something; nothing that was finished is lost.

@@ -45,11 +45,21 @@ class Comparison:
 
 
 def compare(config: CompareConfig, say: Callable[[str], None] | None = None) -> Comparison:
-    """Run the job.
+    """Find the features that tell two sets of text, or two models on the same text, apart.
 
     Args:
-        config: of the job.
+        config: both sides, and how features are ranked.
         say: hears what is said while prompts are analysed; by default that goes to stderr.
+
+    Returns:
+        For each SAE a column of each statistic, one entry a feature: firing rates (0 to 1), log odds, effect sizes,
+        intervals and adjusted p values, as in `comparison.parquet`; the summary; and the folder where both lie.
+
+    >>> from sae_census import CompareConfig
+    >>> sides = [{"root": root, "name": "default", "slices": (name,)} for name in ("notes", "prose")]
+    >>> found = compare(CompareConfig(a=sides[0], b=sides[1], min_documents=1, out=str(folder)))
+    >>> sorted(map(str, found.sites))
+    ['blocks.0.hook_resid_post/early', 'blocks.1.hook_resid_post/late']
 
     Raises:
         UserError: if the user must change something.

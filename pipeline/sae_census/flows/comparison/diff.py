@@ -59,10 +59,13 @@ class _Texts:
 
 
 def diff(config: SnapshotsConfig) -> Difference:
-    """Run the job.
+    """Tell which features appeared, died and moved between two snapshots of a catalog.
 
     Args:
         config: with `action=diff`.
+
+    Returns:
+        Both snapshots; for each SAE what changed, a column of each statistic; and the folder where the files lie.
 
     Raises:
         ConfigError: if there are no two snapshots, or partials of what only one of them has are gone.

@@ -44,11 +44,25 @@ class Ablations:
 
 
 def ablate(config: AblateConfig, say: Callable[[str], None] = lambda text: None) -> Ablations:
-    """Run the job.
+    """Zero features of a catalog, one at a time, over a sample of their spans, and measure what the model loses.
 
     Args:
-        config: of the job.
+        config: which catalog, features and spans.
         say: hears one line for every feature that is done.
+
+    Returns:
+        A table with one row a feature: its mean code, and what its ablation changes of the next-token loss (nats) and
+        of the logits of its tokens, each with an interval and beside a control, an equal step along another feature.
+        Also where the table was written, and what was skipped or failed.
+
+    >>> from sae_census import AblateConfig
+    >>> config = AblateConfig(
+    ...     store={"root": root}, catalog={"name": "default"}, hook_point="blocks.1.hook_resid_post",
+    ...     best=1, spans=2, cluster={"executor": "inline"},
+    ... )
+    >>> done = ablate(config)
+    >>> done.table.num_rows, done.path.suffix, done.failures
+    (1, '.parquet', ())
 
     Raises:
         UserError: if there is no such catalog or feature, or the model or an SAE is not the one it was made with.

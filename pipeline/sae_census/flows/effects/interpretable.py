@@ -33,11 +33,14 @@ _log = getLogger(__name__)
 class InterpretableModel(nn.Module):
     """A model whose features can be read and edited while it runs.
 
-    >>> model = InterpretableModel(LanguageModel(...).inner, load_saes("saes/"))
-    >>> with model.interpretation_enabled():
-    ...     output = model(input_ids)
-    >>> features = model.get_active_features()
-    >>> steered = model.steer(input_ids, feature_id=("blocks.10.hook_resid_post", 4232), strength=2.0)
+    >>> input_ids = tokenizer("river water", return_tensors="pt").input_ids
+    >>> watched = InterpretableModel(model.inner, {"blocks.1.hook_resid_post": sae})
+    >>> with watched.interpretation_enabled():
+    ...     output = watched(input_ids)
+    >>> codes = watched.get_active_features()["blocks.1.hook_resid_post"]
+    >>> tuple(codes.shape) == (*input_ids.shape, 96)
+    True
+    >>> steered = watched.steer(input_ids, feature_id=("blocks.1.hook_resid_post", 42), strength=2.0)
     """
 
     def __init__(

@@ -89,6 +89,11 @@ def analyze_linearized_feature(
           means something only where `mid` is read at the key. Positional embeddings are in none of them. Of each,
           `… token scores` (H, n_tokens) and `… token strings`.
 
+    >>> tokens = tokenizer("river water stone bridge", return_tensors="pt").input_ids
+    >>> found = analyze_linearized_feature(42, 0, 3, model, tokens, sae, batch_size=1, n_tokens=5)
+    >>> tuple(found["mid"].shape), len(found["token strings"])
+    ((32,), 5)
+
     Raises:
         ConfigError: if the model computes in half precision, the SAE sits inside attention, or an index is out of
             range, or an id beyond the embedding.

@@ -29,6 +29,15 @@ def make_token_df(tokens: Tensor, model: LanguageModel, len_prefix: int = 5, len
         model: knows the tokenizer.
         len_prefix: tokens of `context` before the token.
         len_suffix: tokens after it.
+
+    Returns:
+        A `pandas.DataFrame` of contexts x T rows.
+
+    >>> frame = make_token_df(tokenizer("river water", return_tensors="pt").input_ids, model)
+    >>> list(frame.columns)
+    ['str_tokens', 'unique_token', 'context', 'batch', 'pos', 'label']
+    >>> frame["label"].iloc[-1].startswith("0/")
+    True
     """
     return tables.from_columns(_token_columns(torch.as_tensor(tokens), model, len_prefix, len_suffix)).to_pandas()
 
@@ -97,7 +106,26 @@ def linearized_tables(
 def save_linearized(
     result: dict[str, Any], tokens: Tensor, model: LanguageModel, folder: str | Path, head: int = 20
 ) -> Path:
-    """Write `linearized_tables` as Parquet files and, shaded, as one page `linearized.html`; gives the folder."""
+    """Write the tables of a linearised feature as Parquet files and, shaded, as one page `linearized.html`.
+
+    Args:
+        result: of `analyze_linearized_feature`.
+        tokens: (contexts, T) ids of its batch.
+        model: knows the tokenizer.
+        folder: is made.
+        head: rows of the tables of tokens.
+
+    Returns:
+        The folder.
+
+    >>> tokens = tokenizer("river water stone bridge", return_tensors="pt").input_ids
+    >>> result = analyze_linearized_feature(42, 0, 3, model, tokens, sae, batch_size=1)
+    >>> sorted(path.name for path in save_linearized(result, tokens, model, folder / "linear").iterdir())
+    ['activations.parquet', 'heads.parquet', 'input_tokens.parquet', 'linearized.html', 'scores.parquet']
+
+    Raises:
+        StorageError: if the disk refuses.
+    """
     blobs = LocalBlobs(folder)
     found = linearized_tables(result, tokens, model, head)
     for name, table in found.items():

@@ -54,6 +54,16 @@ def trace_feature(
         input_ids: (T,) ids of the context; those behind the token do not matter.
         encoder: an SAE with its hook point.
 
+    Returns:
+        What embedding, positions, heads by source token, MLPs and biases add to the pre-activation, without rest.
+
+    >>> ids = tokenizer("river water stone bridge", return_tensors="pt").input_ids[0]
+    >>> split = trace_feature(42, 3, model, ids, sae)
+    >>> split.heads.shape  # blocks, heads, source tokens
+    (2, 4, 4)
+    >>> abs(split.total - split.pre_activation) < 1e-5
+    True
+
     Raises:
         ConfigError: if the model computes in half precision, there is no such feature, token or hook point, or an id is
             beyond the embedding.
@@ -89,11 +99,14 @@ class Tracing:
 
 
 def trace(config: TraceConfig, say: Callable[[str], None] | None = None) -> Tracing:
-    """Run the job.
+    """Split the pre-activations of features at some of their spans into what the model's parts wrote, as tables.
 
     Args:
-        config: of the job.
+        config: which catalog, features and spans.
         say: hears every line that is meant for people; by default they go to stderr.
+
+    Returns:
+        The rows of this run, how many features and spans they are of, and what could not be traced.
 
     Raises:
         UserError: if the catalog has no such SAE, feature or group, or model and SAEs are no longer its own.

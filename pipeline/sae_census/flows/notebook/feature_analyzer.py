@@ -58,9 +58,25 @@ class _Rule:
 
 
 class FeatureAnalyzer:
-    """Counts and samples the features of an SAE over a stream of activations."""
+    """Counts and samples the features of an SAE over a stream of activations.
+
+    >>> from sae_census import FeatureAnalyzerConfig
+    >>> tokens = torch.arange(3, 19).view(2, 8)
+    >>> batch = {"blocks.1.hook_resid_post": torch.ones(2, 8, 32), "tokens": tokens}
+    >>> cfg = FeatureAnalyzerConfig(
+    ...     total_analyzing_tokens=16, ignore_token_ids=[3], subsamples={"top": {"proportion": 1.0, "n_samples": 2}}
+    ... )
+    >>> found = FeatureAnalyzer(cfg).analyze_chunk([batch], sae)
+    >>> len(found), found[0]["n_analyzed_tokens"]  # one of 16 tokens is ignored
+    (96, 15)
+    """
 
     def __init__(self, cfg: FeatureAnalyzerConfig):
+        """Keep the settings.
+
+        Args:
+            cfg: how much is read, what counts and what is kept.
+        """
         self.cfg = cfg
 
     def compute_ignore_token_masks(self, tokens: Tensor, ignore_token_ids: Sequence[int] | None = None) -> Tensor:

@@ -61,7 +61,27 @@ def encode_prompts(
     apply_chat_template: bool = False,
     batch_size: int = 32,
 ) -> Tensor:
-    """`observe_prompts` as a dense tensor (P, F), float32 on the CPU, row i for prompt i; 0 where nothing fired."""
+    """The codes of the last token of each prompt as a dense tensor; `observe_prompts` keeps them sparse.
+
+    Args:
+        model: as of `observe_prompts`.
+        tokenizer: of that model.
+        sae: as of `observe_prompts`.
+        prompts: P texts.
+        layer_idx: the block whose output is read.
+        apply_chat_template: put each prompt into the chat template as one user's message.
+        batch_size: prompts of one forward pass.
+
+    Returns:
+        (P, F) float32 on the CPU, row i for prompt i, in the SAE's own unit; 0 where nothing fired.
+
+    >>> tuple(encode_prompts(model.inner, tokenizer, sae, ["river water", "sugar"], layer_idx=1).shape)
+    (2, 96)
+
+    Raises:
+        ValueError: as `observe_prompts`.
+        ConfigError: as `observe_prompts`.
+    """
     return observe_prompts(
         model, tokenizer, sae, prompts, layer_idx, apply_chat_template=apply_chat_template, batch_size=batch_size
     ).dense()
@@ -77,7 +97,23 @@ def top_features_for_prompt(
     *,
     apply_chat_template: bool = False,
 ) -> list[FeatureRanking]:
-    """The features with the largest codes on the last token of a prompt; at most `top_n`, only those not 0.
+    """The features with the largest codes on the last token of a prompt.
+
+    Args:
+        model: as of `observe_prompts`.
+        tokenizer: of that model.
+        sae: as of `observe_prompts`.
+        prompt: one text.
+        layer_idx: the block whose output is read.
+        top_n: at most this many features.
+        apply_chat_template: put the prompt into the chat template as one user's message.
+
+    Returns:
+        Features whose code is not 0, by code, largest first; ties by id.
+
+    >>> found = top_features_for_prompt(model.inner, tokenizer, sae, "river water", layer_idx=1, top_n=3)
+    >>> len(found), found[0].score >= found[1].score
+    (3, True)
 
     Raises:
         ValueError: if the prompt has no tokens.
@@ -112,6 +148,15 @@ def observe_prompts(
         apply_chat_template: put each prompt as one user's message into the chat template, and let the assistant's
             turn begin.
         batch_size: prompts of one forward pass.
+
+    Returns:
+        The codes of P prompts over F features, sparse, in the SAE's own unit, with what they were read from.
+
+    >>> seen = observe_prompts(model.inner, tokenizer, sae, ["river water", "sugar"], layer_idx=1)
+    >>> tuple(seen.shape)
+    (2, 96)
+    >>> tokenizer.decode(seen.last_token_ids[:1])  # of the small vocabulary, the end of "water"
+    'er'
 
     Raises:
         ValueError: if a prompt has no tokens or more than the model has positions, or an activation is NaN or infinite,

@@ -113,6 +113,13 @@ def load_sae(
         norm_scaling_factor: the factor of `expected_average_only_in`, where its folder does not say it; where it
             does, both must agree.
 
+    Returns:
+        The SAE in canonical form, float32 on the CPU, with its name, hook point, digest and metadata.
+
+    >>> loaded = load_sae("embedded:resid_post_7")
+    >>> str(loaded.hook_point), loaded.sae.width, loaded.sae.num_features
+    ('blocks.7.hook_resid_post', 576, 2560)
+
     Raises:
         CheckpointError: if nothing readable lies there.
         ConfigError: if the hook point is not known.

@@ -39,6 +39,12 @@ def load_saes(
         device: where the SAEs are put.
         hook_points: give only these.
 
+    Returns:
+        One SAE in canonical form, float32, for each hook point.
+
+    >>> load_saes(saes_dir).keys()
+    dict_keys(['blocks.0.hook_resid_post', 'blocks.1.hook_resid_post'])
+
     Raises:
         ArgumentError: if there is no such directory; also a ValueError.
         CheckpointError: if no checkpoint is sound, or two claim one hook point with equal right.

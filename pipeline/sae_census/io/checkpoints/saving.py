@@ -27,6 +27,12 @@ def save_sae(
             jumprelu and gated ones, whose codes are never negative. A pre-encoder bias that the format lacks is folded.
         metadata: kept under the key `metadata` of the file; plain values, for nanochat also tensors.
 
+    >>> save_sae(sae, {"hook_point": "blocks.1.hook_resid_post"}, folder / "sae", save_format="sae_lens", step=7)
+    >>> sorted(path.name for path in (folder / "sae").iterdir())
+    ['cfg.json', 'sae_weights.safetensors']
+    >>> load_sae(str(folder / "sae")).metadata["step"]
+    7
+
     Raises:
         ArgumentError: if the format cannot hold this SAE, or the config contradicts it; also a ValueError.
     """

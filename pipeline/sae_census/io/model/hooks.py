@@ -175,6 +175,19 @@ def capture_residual(model: nn.Module, layer_idx: int) -> Iterator[dict[str, Ten
 
     The hook only reads, never stops the pass, and is gone after the block, also after an exception.
 
+    Args:
+        model: a decoder with a transformers config.
+        layer_idx: of the block, from 0 on.
+
+    Returns:
+        A context manager that yields the dict: B prompts, T positions, D d_model, in the model's dtype.
+
+    >>> ids = tokenizer("river water", return_tensors="pt").input_ids
+    >>> with capture_residual(model.inner, 1) as seen:
+    ...     output = model.inner(ids)
+    >>> tuple(seen["h"].shape) == (*ids.shape, 32)
+    True
+
     Raises:
         ConfigError: if the model has no such layer.
     """

@@ -80,7 +80,15 @@ def model_facts(
 
 
 class LanguageModel:
-    """A loaded decoder in evaluation mode that yields activations at hook points."""
+    """A loaded decoder in evaluation mode that yields activations at hook points.
+
+    >>> import torch
+    >>> model = LanguageModel(model_dir, dtype=torch.float32, device=torch.device("cpu"))
+    >>> model.facts.d_model, model.facts.num_layers
+    (32, 3)
+    >>> model.inner.training
+    False
+    """
 
     def __init__(
         self,

@@ -79,9 +79,23 @@ class Unembedder:
 
 
 class DirectLogitAttributor:
-    """The tokens that every feature of an SAE promotes and suppresses most, by the direct path to the logits."""
+    """The tokens that every feature of an SAE promotes and suppresses most, by the direct path to the logits.
+
+    >>> from sae_census import DirectLogitAttributorConfig
+    >>> attributor = DirectLogitAttributor(DirectLogitAttributorConfig(top_k=2))
+    >>> found = attributor.direct_logit_attribute(sae, model)
+    >>> len(found), sorted(found[0]), len(found[0]["top_positive"])
+    (96, ['top_negative', 'top_positive'], 2)
+    >>> sorted(found[0]["top_positive"][0])
+    ['logit', 'token']
+    """
 
     def __init__(self, cfg: DirectLogitAttributorConfig):
+        """Keep the settings.
+
+        Args:
+            cfg: how many tokens of each sign, and through which norm.
+        """
         self.cfg = cfg
 
     def direct_logit_attribute(
