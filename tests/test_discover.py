@@ -33,7 +33,15 @@ from transformers import (
 from sae_census.compute.numbers import stats as statistics
 from sae_census.compute.numbers.stats import FeatureStats
 from sae_census.config import DiscoverRequest, DiscoveryConfig, SaeConfig
-from sae_census.errors import ConfigError, CorruptError, DeadlineError, RequestError, ShardError, SourceError
+from sae_census.errors import (
+    ConfigError,
+    CorruptError,
+    DeadlineError,
+    IdentityError,
+    RequestError,
+    ShardError,
+    SourceError,
+)
 from sae_census.findings import Discovery, FoundFeature
 from sae_census.flows.catalog.reader import Catalog
 from sae_census.flows.census.analyze import analyze
@@ -1199,7 +1207,7 @@ def test_a_damaged_catalog_is_named(damage, catalog_bench, tmp_path):
 
 def test_a_catalog_of_other_saes_is_refused(catalog_bench, gates, tmp_path):
     other = Bench(model=catalog_bench.model, saes=(SaeConfig(path=str(gates["topk"])),), catalog=catalog_bench.catalog)
-    with pytest.raises(ConfigError, match="has no statistics of SAE topk"):
+    with pytest.raises(IdentityError, match=r"was not made with SAE .*/topk, but with"):
         other.open()
     with pytest.raises(ConfigError, match="there is no catalog at"):
         open_discoverer(catalog_bench.config(catalog=str(tmp_path)))
