@@ -19,8 +19,8 @@ from transformers.utils import logging
 
 from sae_census.cli import main
 from sae_census.config import AnalyzeConfig
-from sae_census.records import sealed, unsealed
-from sae_census.steps.store.manifests import content_digest, facts_of
+from sae_census.records import unsealed
+from sae_census.steps.store.manifests import Manifest, content_digest
 
 WIDTH, LAYERS, VOCABULARY = 32, 3, 300
 TOPICS = (
@@ -78,8 +78,9 @@ def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> No
     """Change a snapshot's manifest and seal it again, as whoever made it otherwise would have."""
     content, _ = unsealed(path.read_bytes(), str(path))
     change(content)
-    content["digest"] = content_digest(content["files"], facts_of(content))
-    path.write_bytes(sealed(content))
+    changed = Manifest.model_validate(content)
+    digest = content_digest(changed.files, changed.facts)
+    path.write_bytes(changed.model_copy(update={"digest": digest}).to_bytes())
 
 
 @pytest.fixture

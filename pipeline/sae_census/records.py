@@ -70,10 +70,34 @@ def unsealed(body: bytes, key: str) -> tuple[dict[str, Any], bool]:
     return content, True
 
 
-class Record(BaseModel):
-    """A typed record."""
+class Part(BaseModel):
+    """A part of a record, or all that it says."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def content(self) -> dict[str, Any]:
+        """As JSON has it, with every field."""
+        return self.model_dump(mode="json")
+
+
+class AsGiven(Part):
+    """A part that says just the fields that it was made of: those of an older form stay away, and digests the same.
+
+    Make one from plain JSON values, or from parts that were made so: a default is no field that was given.
+    """
+
+    def with_any(self, **fields: Any) -> Self:
+        """The same, with those of some fields that are not empty."""
+        return self.model_copy(update={name: value for name, value in fields.items() if value})
+
+    def content(self) -> dict[str, Any]:
+        """As JSON has it, with the fields that were given."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class Record(Part):
+    """A typed record."""
+
     _is_proven: bool = PrivateAttr(default=True)
 
     @property
@@ -93,13 +117,18 @@ class Record(BaseModel):
         try:
             record = cls.model_validate(content)
         except ValidationError as error:
+            unknown = [".".join(map(str, one["loc"])) for one in error.errors() if one["type"] == "extra_forbidden"]
+            if is_proven and unknown:
+                raise IdentityError(
+                    f"{key} was written by a newer SAE Census: this one does not know {', '.join(unknown)}; use that"
+                ) from error
             raise CorruptError(f"{key} is damaged: it is no {cls.__name__}; {_ADVICE}") from error
         record._is_proven = is_proven
         return record
 
     def to_bytes(self) -> bytes:
         """Sealed: one form for one content."""
-        return sealed(self.model_dump(mode="json"))
+        return sealed(self.content())
 
 
 class ShardRecord(Record):

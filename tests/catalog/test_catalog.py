@@ -139,7 +139,7 @@ def test_every_number_of_a_slice_equals_the_twins(world):
 def test_every_sum_over_the_documents_of_a_slice_equals_the_twins(world):
     for site in world.twin.sites:
         arrays, expected = world.catalog.statistics(site.hook_point, site.sae), world.twin.documents(site)
-        assert sorted(world.catalog.manifest["coverage"]["slices"]) == sorted(expected)
+        assert sorted(world.catalog.manifest.coverage.slices) == sorted(expected)
         for i, (_, (tokens, counts, totals)) in enumerate(sorted(expected.items())):
             exact = {
                 "documents": len(tokens),
@@ -164,28 +164,28 @@ def test_every_sum_over_the_documents_of_a_slice_equals_the_twins(world):
 
 def test_the_manifest_books_every_token_and_record(world):
     manifest, twin = world.catalog.manifest, world.twin
-    coverage = manifest["coverage"]
+    coverage = manifest.coverage
     for site in twin.sites:
-        books = coverage["tokens"][site.hook_point]
+        books = coverage.tokens[site.hook_point]
         assert books == site.books()
         assert books[COUNTED] + sum(books[rule] for rule in RULES) == (
             len(twin.contexts) * world.config.corpus.context_length
         )
-        unexplained = manifest["fraction_of_variance_unexplained"][f"{site.hook_point}/{site.sae}"]
+        unexplained = manifest.fraction_of_variance_unexplained[f"{site.hook_point}/{site.sae}"]
         assert unexplained == pytest.approx(site.unexplained, rel=1e-5)
-    taken = [books["attention_sinks"] for books in coverage["tokens"].values()]
+    taken = [books["attention_sinks"] for books in coverage.tokens.values()]
     assert all(taken) if "sinky" in world.config.model.id else not any(taken)
-    assert coverage["tokens_truncated"] == twin.tokens_truncated
-    assert coverage["records_dropped"] == dict(twin.dropped) == {"empty": 1, "missing_column": 1, "not_json": 1}
-    for name, counts in coverage["slices"].items():
+    assert coverage.tokens_truncated == twin.tokens_truncated
+    assert coverage.records_dropped == dict(twin.dropped) == {"empty": 1, "missing_column": 1, "not_json": 1}
+    for name, counts in coverage.slices.items():
         mine = [context for context in twin.contexts if context.slice == name]
-        assert counts == {
+        assert counts.content() == {
             "contexts": len(mine),
             "shards": len({context.shard_id for context in mine}),
             "tokens": sum(len(context.ids) for context in mine),
         }
-    assert coverage["complete"]
-    assert coverage["missing"] == []
+    assert coverage.complete
+    assert coverage.missing == ()
 
 
 def test_the_books_of_the_arrays_balance(world):
@@ -237,7 +237,7 @@ def test_a_code_recomputed_at_an_address_equals_the_stored_one(spans):
 def test_the_strongest_contexts_are_the_twins_but_for_near_duplicates(world, spans):
     for site, by_feature, places in spans:
         collapsed = world.catalog.statistics(site.hook_point, site.sae)["spans_collapsed"]
-        column = world.catalog.manifest["span_groups"].index("top")
+        column = world.catalog.manifest.span_groups.index("top")
         for feature, groups in by_feature.items():
             seen, kept = set(), {}
             expected = world.twin.top(site, feature)
@@ -258,7 +258,7 @@ def test_the_strongest_contexts_are_the_twins_but_for_near_duplicates(world, spa
 def test_every_group_holds_what_it_promises(world, spans):
     sampling = world.config.sampling
     names = ["top", "random", *(f"band_{i}" for i in range(sampling.bands)), "low_activating", "non_activating"]
-    assert world.catalog.manifest["span_groups"] == names
+    assert list(world.catalog.manifest.span_groups) == names
     for site, by_feature, places in spans:
         collapsed = world.catalog.statistics(site.hook_point, site.sae)["spans_collapsed"]
         for feature, groups in by_feature.items():

@@ -33,7 +33,7 @@ from sae_census.io.model.unembedding import read_unembedding, read_writing
 from sae_census.io.store import tables
 from sae_census.steps.census.logits import LogitSettings, LogitWorker, top_tokens
 from sae_census.steps.census.partial import RangeTask
-from sae_census.steps.model.parts import Provenance
+from sae_census.steps.model.provenance import Provenance
 from sae_census.types import HookPoint, SiteKey
 
 D, V = 16, 64
@@ -479,7 +479,8 @@ def test_the_tables_are_sorted_by_key_with_the_binding_columns(catalog):
 
 def test_the_manifest_defines_the_logits(catalog, model):
     size = model.tokenizer.size
-    assert catalog.manifest["logits"] == {
+    assert catalog.manifest.logits is not None
+    assert catalog.manifest.logits.content() == {
         "top_k": 5,
         "mode": "direction",
         "definition": DEFINITIONS["direction"],
@@ -512,7 +513,7 @@ def test_attributing_a_catalog_gives_the_snapshot_of_an_analysis_that_asked_for_
     assert not analyze(analyze_config(tmp_path, **ATTRIBUTED), quietly).is_new
     other = attribute(attribute_config(plain, logits=LogitsConfig(top_k=2, mode="ln_final")), quietly)
     newest = Catalog(tmp_path)
-    assert (other.is_new, newest.number, newest.manifest["logits"]["mode"]) == (True, 3, "ln_final")
+    assert (other.is_new, newest.number, newest.manifest.logits.mode) == (True, 3, "ln_final")
     assert newest.logits("blocks.1.hook_resid_post", "late", 0).num_rows == 4
     assert newest.features.equals(plain.features)
     verdict = verify(VerifyConfig(store={"root": str(tmp_path)}))
@@ -522,7 +523,7 @@ def test_attributing_a_catalog_gives_the_snapshot_of_an_analysis_that_asked_for_
 
 def test_other_saes_than_the_catalogs_are_refused(catalog, sae_dirs):
     saes = [{"path": str(sae_dirs["late"]), "name": "early", "hook_point": "blocks.0.hook_resid_post"}]
-    message = r"^catalog 'default' was made with other saes: blocks\.0\.hook_resid_post/early, .*/late differ; leave"
+    message = r"^SAE blocks\.0\.hook_resid_post/early is not the one that catalog 'default' was made with"
     with pytest.raises(IdentityError, match=message):
         attribute(attribute_config(catalog, saes=saes), quietly)
     with pytest.raises(ConfigError, match=r"^model\.dtype is bfloat16, but the catalog was made in float32; leave"):
@@ -530,7 +531,7 @@ def test_other_saes_than_the_catalogs_are_refused(catalog, sae_dirs):
 
 
 def test_a_catalog_never_grants_trust(catalog, monkeypatch):
-    monkeypatch.setitem(catalog.manifest["config"]["model"], "trust_remote_code", True)
+    monkeypatch.setitem(catalog.manifest.config["model"], "trust_remote_code", True)
     monkeypatch.setattr("sae_census.flows.catalog.attribute.Catalog", lambda *_: catalog)
     seen = []
     monkeypatch.setattr(
@@ -552,9 +553,9 @@ def test_a_damaged_snapshot_is_not_carried_on(copied, tmp_path):
 
 
 def test_workers_and_their_results_travel_between_processes(catalog, model_dir, sae_dirs):
-    config = catalog.manifest["config"]
+    config = catalog.manifest.config
     asked = AttributeConfig(model=config["model"], saes=config["saes"], logits=ATTRIBUTED["logits"])
-    planned = Provenance.of_measure(catalog.manifest["identity"]["measure"])
+    planned = Provenance.of_measures(catalog.measure)
     settings = LogitSettings(model=asked.model, saes=asked.saes, logits=asked.logits, threads=1, planned=planned)
     result = LogitWorker(pickle.loads(pickle.dumps(settings))).run(RangeTask(site=1, start=10, stop=12))
     rows = tables.from_ipc(pickle.loads(pickle.dumps(result)).logits).to_pylist()

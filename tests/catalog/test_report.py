@@ -24,6 +24,7 @@ from sae_census.flows.catalog.report_data import CHUNK
 from sae_census.flows.census.analyze import analyze
 from sae_census.io import report as door
 from sae_census.steps.census import plan
+from sae_census.steps.store.identities import MeasuredModel
 
 MakeConfig = Callable[..., AnalyzeConfig]
 HOSTILE = (
@@ -214,13 +215,11 @@ def test_the_words_that_the_page_searches_are_those_that_the_catalog_searches(fo
 def test_the_page_says_what_the_catalog_is(folder: Path, catalog: Catalog) -> None:
     facts, manifest = facts_of(folder), catalog.manifest
     assert facts["digest"] == catalog.digest
-    assert facts["slices"] == [
-        [name, books["tokens"], books["contexts"]] for name, books in manifest["coverage"]["slices"].items()
-    ]
+    assert facts["slices"] == [[name, books.tokens, books.contexts] for name, books in manifest.coverage.slices.items()]
     for site in facts["sites"]:
         hook_point, sae = site["site"].rsplit("/", 1)
-        assert dict(site["tokens"]) == manifest["coverage"]["tokens"][hook_point]
-        assert site["fvu"] == manifest["fraction_of_variance_unexplained"][site["site"]]
+        assert dict(site["tokens"]) == manifest.coverage.tokens[hook_point]
+        assert site["fvu"] == manifest.fraction_of_variance_unexplained[site["site"]]
         assert site["dead"] == sum(catalog.of_sae(hook_point, sae)["dead"].to_pylist()) >= 3
         assert site["l0"] == pytest.approx(
             sum(catalog.of_sae(hook_point, sae)["count"].to_pylist()) / sum(site["slice_tokens"])
@@ -385,7 +384,7 @@ def test_the_job_says_where_the_report_is(root: Path, tmp_path: Path, capsys: py
 def test_analyze_writes_the_report_of_what_it_published(
     root: Path, folder: Path, analyze_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = AnalyzeConfig.model_validate(Catalog(root).manifest["config"])
+    config = AnalyzeConfig.model_validate(Catalog(root).manifest.config)
     shutil.rmtree(folder)
     assert not config.report
     assert jobs_analyze.job(config.model_copy(update={"report": True})) == 0
@@ -397,4 +396,5 @@ def test_analyze_writes_the_report_of_what_it_published(
 
 def test_asking_for_a_report_changes_no_identity(analyze_config: MakeConfig, tmp_path: Path) -> None:
     with_report, without = analyze_config(tmp_path, report=True), analyze_config(tmp_path)
-    assert plan.measure_fields(with_report, {}, {}, {}) == plan.measure_fields(without, {}, {}, {})
+    model = MeasuredModel(digest="", family="", dtype="", tokenizer="")
+    assert plan.measures_of(with_report, model, {}, {}) == plan.measures_of(without, model, {}, {})

@@ -276,7 +276,7 @@ def test_subset_of_a_slice_is_the_same_from_smaller_nodes_or_analysed_again(toy,
     (fewer / "a2.jsonl").unlink()
     part = run(toy(root, fewer, catalog={"name": "fewer"}))
     assert part.catalog.digest == run(toy(tmp_path / "scratch", fewer)).catalog.digest
-    shards = [one for one in part.catalog.manifest["shards"] if one["slice"] == "a"]
+    shards = [one for one in part.catalog.manifest.shards if one.slice == "a"]
     again = {receipts_of(root)[m, one["shard_id"]].partial.key for m in measures(root) for one in shards}
     assert {Path(key).name for key in again} == bytes_in(root) - before if prune else bytes_in(root) == before
     assert wrong(root) == ()
@@ -303,7 +303,7 @@ def test_grown_after_pruning_and_compacted_again_equals_a_catalog_from_scratch(t
     scratch = run(toy(tmp_path / "scratch", grown)).catalog
     one = run(toy(root, grown)).catalog
     assert one.digest == scratch.digest
-    new = {shard["shard_id"] for shard in scratch.manifest["shards"]} - {s for _, s in _old(root, before)}
+    new = {shard.shard_id for shard in scratch.manifest.shards} - {s for _, s in _old(root, before)}
     assert len(bytes_in(root) - before) == 2 * len(new) > 0  # only what is new was analysed, for two SAEs
     for prune in (False, True):
         again = compacted(root, prune=prune, fan=2)
@@ -390,7 +390,7 @@ def test_pruned_what_a_shard_that_fails_for_another_sae_took_along_is_analysed_a
 
     first = run(only("late", root="runs", name="one"))
     compacted(tmp_path / "runs", prune=True, name="one")
-    victim = first.catalog.manifest["shards"][0]["shard_id"]
+    victim = first.catalog.manifest.shards[0].shard_id
     inner = shard.Analyzer.contexts
 
     def contexts(self, shard_id):

@@ -88,8 +88,8 @@ def test_a_chosen_part_is_what_an_analysis_of_that_part_alone_gives(
     mine = built(root, "part", **keys)
     scratch = analyzed(tmp_path, "part", *patterns, logits={"top_k": 3})
     assert mine.digest == scratch.digest
-    assert mine.manifest["coverage"] == scratch.manifest["coverage"]
-    for file in mine.manifest["files"]:
+    assert mine.manifest.coverage == scratch.manifest.coverage
+    for file in mine.manifest.files:
         assert (mine.folder / file).read_bytes() == (scratch.folder / file).read_bytes()
 
 
@@ -99,12 +99,12 @@ def test_what_the_newest_snapshot_says_already_is_not_published_again(root: Path
 
 def test_a_time_range_takes_what_was_analysed_in_it(root: Path) -> None:
     one, two = Catalog(root, "whole", 1), Catalog(root, "whole", 2)
-    late = {shard["shard_id"] for shard in two.manifest["shards"]} - {s["shard_id"] for s in one.manifest["shards"]}
-    between = datetime.fromtimestamp(one.manifest["made_at"], UTC)
+    late = {shard.shard_id for shard in two.manifest.shards} - {s.shard_id for s in one.manifest.shards}
+    between = datetime.fromtimestamp(one.manifest.made_at, UTC)
     since = built(root, "since", since=between)
-    assert {shard["shard_id"] for shard in since.manifest["shards"]} == late
-    (source,) = since.manifest["coverage"]["sources"]
-    assert source["names"] == ["notes_2.jsonl"]
+    assert {shard.shard_id for shard in since.manifest.shards} == late
+    (source,) = since.manifest.coverage.sources
+    assert source.names == ("notes_2.jsonl",)
     zone = between.astimezone().replace(tzinfo=None) - (datetime.now() - datetime.now(UTC).replace(tzinfo=None))
     assert built(root, "until", until=between).digest == one.digest
     assert built(root, "until", until=zone).digest == one.digest, "a time without a zone is UTC"
@@ -115,7 +115,7 @@ def test_a_time_range_takes_what_was_analysed_in_it(root: Path) -> None:
 def test_weights_count_a_slice_more_than_once_and_change_no_slice(root: Path) -> None:
     plain = Catalog(root, "whole", 2)
     mine = built(root, "weighted", weights={"notes": 6, "prose": 4})
-    assert mine.manifest["weights"] == {"notes": 3, "prose": 2}
+    assert mine.manifest.weights == {"notes": 3, "prose": 2}
     assert mine.slices.equals(plain.slices)
     rows = mine.of_sae(*SITE)
     names = mine.slices["slice"].to_pylist()

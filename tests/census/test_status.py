@@ -36,10 +36,10 @@ def look(root: Path, limits: Limits = LIMITS, **settings: Any) -> RunStatus:
 def test_a_finished_run_is_told_as_its_catalog_tells_it(analyze_config: MakeConfig, tmp_path: Path) -> None:
     done = analyze(analyze_config(tmp_path, catalog={"name": "mine"}), lambda line: None)
     run = look(tmp_path)
-    shards = done.catalog.manifest["shards"]
+    shards = done.catalog.manifest.shards
     assert (run.state, run.catalog, run.snapshot, run.reason) == ("finished", "mine", 1, "")
     assert run.shards_planned == run.shards_done == len(shards)
-    assert run.tokens_planned == run.tokens_done == sum(shard["num_tokens"] for shard in shards)
+    assert run.tokens_planned == run.tokens_done == sum(shard.num_tokens for shard in shards)
     assert (run.shards_before, run.shards_running, run.shards_waiting) == (0, 0, 0)
     assert (run.failures, run.lost, run.stragglers, run.seconds_left) == ((), (), (), None)
     receipts = [json.loads(path.read_bytes()) for path in tmp_path.glob("measures/*/receipts/*.json")]

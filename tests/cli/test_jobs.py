@@ -134,11 +134,11 @@ def test_failed_shards_are_listed_the_rest_is_safe_and_the_exit_code_says_so(
     assert code == 3
     assert "is left out: ShardError: activations at blocks.1 are NaN" in err
     catalog = Catalog(tmp_path / "runs", "mine")
-    assert catalog.manifest["coverage"]["missing"] == refused
-    assert not catalog.manifest["coverage"]["complete"]
+    assert catalog.manifest.coverage.missing == tuple(refused)
+    assert not catalog.manifest.coverage.complete
     monkeypatch.setattr(Analyzer, "run", honest)
     assert cli("analyze", *base)[0] == 0
-    assert Catalog(tmp_path / "runs", "mine").manifest["coverage"]["complete"]
+    assert Catalog(tmp_path / "runs", "mine").manifest.coverage.complete
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_multirun_makes_one_catalog_for_each_choice(cli: Cli, base: list[str], t
 def test_sources_may_be_many_or_named(cli: Cli, base: list[str], corpus_dir: Path, tmp_path: Path, source: str) -> None:
     code, _, err = cli("analyze", *base, "corpus.source=" + source.replace("%s", str(corpus_dir)), "preflight=off")
     assert code == 0, err
-    slices = Catalog(tmp_path / "runs", "mine").manifest["coverage"]["slices"]
+    slices = Catalog(tmp_path / "runs", "mine").manifest.coverage.slices
     assert sorted(slices) == (["one", "two"] if source.startswith("{") else ["all"])
 
 

@@ -123,8 +123,8 @@ def test_a_mixed_measure_says_so_everywhere_and_is_never_a_strict_one(
     mixed = analyze(analyze_config(tmp_path / "store", cluster=cluster), lambda line: None).catalog
     receipts = [json.loads(path.read_text()) for path in (tmp_path / "store").glob("measures/*/receipts/*.json")]
     ran = [receipt["ran"]["numerics"]["device_class"] for receipt in receipts]
-    assert mixed.manifest["identity"]["measure"]["numerics"] == "mixed"
-    assert sorted(each["device_class"] for each in mixed.manifest["numerics"]["mixed"]) == sorted(set(ran))
+    assert mixed.measure.numerics == "mixed"
+    assert sorted(each["device_class"] for each in mixed.manifest.numerics["mixed"]) == sorted(set(ran))
     assert set(ran) > {"another"}
 
     others = ran.count("another")
@@ -142,8 +142,8 @@ def test_a_mixed_measure_says_so_everywhere_and_is_never_a_strict_one(
     with pytest.raises(IdentityError, match=r"measure\.numerics"):
         analyze(analyze_config(tmp_path / "store"), lambda line: None)
     strict = analyze(analyze_config(tmp_path / "strict"), lambda line: None).catalog
-    assert not {*strict.manifest["measures"].values()} & {*mixed.manifest["measures"].values()}
-    assert strict.manifest["files"] == mixed.manifest["files"]  # the other machine only says that it is another
+    assert not {*strict.manifest.measures.values()} & {*mixed.manifest.measures.values()}
+    assert strict.manifest.files == mixed.manifest.files  # the other machine only says that it is another
 
 
 def another_machine_on(node: str, folder: Path) -> type[AnalysisSession]:

@@ -8,7 +8,7 @@ import pytest
 from discovery_bench import SITES, TEXT, Bench, ask, bench, catalog_bench, gates
 
 from sae_census.config import SaeConfig
-from sae_census.errors import ConfigError, CorruptError
+from sae_census.errors import ConfigError, CorruptError, IdentityError
 from sae_census.flows.discovery.discover import open_discoverer
 from sae_census.steps.model.sae_map import saes_named
 
@@ -139,7 +139,7 @@ def test_a_damaged_catalog_is_named(damage, catalog_bench, tmp_path):
 
 def test_a_catalog_of_other_saes_is_refused(catalog_bench, gates, tmp_path):
     other = Bench(model=catalog_bench.model, saes=(SaeConfig(path=str(gates["topk"])),), catalog=catalog_bench.catalog)
-    with pytest.raises(ConfigError, match="has no statistics of SAE topk"):
+    with pytest.raises(IdentityError, match=r"was not made with SAE .*/topk, but with"):
         other.open()
     with pytest.raises(ConfigError, match="there is no catalog at"):
         open_discoverer(catalog_bench.config(catalog=str(tmp_path)))

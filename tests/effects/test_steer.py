@@ -21,7 +21,7 @@ from sae_census.compute.effects import effects
 from sae_census.compute.effects.edits import Edit, edit
 from sae_census.compute.numbers.sae import Gated, SparseAutoencoder
 from sae_census.config import AblateConfig, AttributeConfig, SteerConfig
-from sae_census.errors import ArgumentError, ConfigError
+from sae_census.errors import ArgumentError, ConfigError, IdentityError
 from sae_census.flows.catalog.attribute import attribute
 from sae_census.flows.catalog.reader import Catalog
 from sae_census.flows.census.analyze import analyze
@@ -359,7 +359,7 @@ def test_a_catalog_of_another_sae_is_no_witness(
     steered: Callable[..., SteerConfig], catalog: Catalog, sae_dirs: dict[str, Path]
 ) -> None:
     saes = [{"path": str(sae_dirs["late"]), "name": "later"}]
-    with pytest.raises(ConfigError, match=r"catalog mine was not made with this blocks\.1\.hook_resid_post/later"):
+    with pytest.raises(IdentityError, match=r"^catalog 'mine' was not made with SAE blocks\.1\.hook_resid_post/later"):
         steer_flow.steer(steered(saes=saes, store={"root": str(root_of(catalog))}, catalog={"name": "mine"}))
 
 
@@ -413,7 +413,7 @@ def literal_ablation(
     catalog: Catalog, sae: SparseAutoencoder, model: Any, span: dict[str, Any], hook_point: str, feature: int
 ) -> tuple[float, Tensor, Tensor, float]:
     """Change of loss after the peak, of logits and probabilities at it, and the code there: two plain forwards."""
-    shards = root_of(catalog) / "corpora" / catalog.manifest["preparation_id"] / "shards"
+    shards = root_of(catalog) / "corpora" / catalog.manifest.preparation_id / "shards"
     ids = pq.read_table(shards / f"{span['shard_id']}.parquet")["input_ids"].to_pylist()[span["context_id"]]
     ids = torch.tensor([ids])  # the whole context: what comes after the span must not matter
     special = torch.tensor([[i in (0, 1, 2) for i in ids[0].tolist()]])

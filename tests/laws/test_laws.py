@@ -148,7 +148,7 @@ def test_resume_a_run_killed_at_any_write_and_run_again_gives_the_same_catalog(t
 
 def same_bytes(one: Analysis, other: Analysis) -> None:
     """The files that the manifest names are there, with equal bytes."""
-    for file in one.catalog.manifest["files"]:
+    for file in one.catalog.manifest.files:
         assert (one.catalog.folder / file).read_bytes() == (other.catalog.folder / file).read_bytes()
 
 
@@ -207,7 +207,7 @@ def test_grown_a_new_file_adds_shards_and_changes_none(toy, toy_corpus, tmp_path
     same_bytes(grown, scratch)
     for site in SITES:
         for feature in range(64):
-            shards = {shard["shard_id"] for shard in first.catalog.manifest["shards"]}
+            shards = {shard.shard_id for shard in first.catalog.manifest.shards}
             assert drawn(grown, site, feature, shards) <= drawn(first, site, feature, shards)
     (corpus / "c.jsonl").unlink()
     assert run(config).catalog.digest == first.catalog.digest
@@ -277,10 +277,10 @@ def test_another_setting_under_another_name_stands_beside_the_first(toy, whole):
 def test_masks_never_change_by_default_under_a_name_that_exists(toy, tmp_path, sinky_dir):
     sinky = {"id": str(sinky_dir)}
     new = run(toy(tmp_path, model=sinky, catalog={"name": "new"}))
-    assert new.catalog.manifest["identity"]["measure"]["masks"]["attention_sinks"] is True
-    assert new.catalog.manifest["config"]["masks"]["attention_sinks"] is True
+    assert new.catalog.measure.masks.attention_sinks is True
+    assert new.catalog.manifest.config["masks"]["attention_sinks"] is True
     off = run(toy(tmp_path, model=sinky, catalog={"name": "off"}, masks={"attention_sinks": False}))
-    counted = [one.catalog.manifest["coverage"]["tokens"][SITES[0][0]]["counted"] for one in (new, off)]
+    counted = [one.catalog.manifest.coverage.tokens[SITES[0][0]]["counted"] for one in (new, off)]
     assert counted[0] < counted[1]
     for name, first in (("new", new), ("off", off)):  # said by nobody, it stays as it was
         again = run(toy(tmp_path, model=sinky, catalog={"name": name}))

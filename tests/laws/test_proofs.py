@@ -23,7 +23,7 @@ from sae_census.io.store.blobs import LocalBlobs
 from sae_census.records import RECORD_FORMAT, Receipt, canonical, sealed, unsealed
 from sae_census.steps.census.shard import Analyzer, Machine
 from sae_census.steps.discovery.background import load_backgrounds
-from sae_census.steps.model.parts import Provenance
+from sae_census.steps.model.provenance import Provenance
 from sae_census.steps.model.reader import load_saes
 
 SITE = ("blocks.0.hook_resid_post", "early")
@@ -198,13 +198,13 @@ def test_a_receipt_says_what_software_made_it_and_a_worker_with_other_software_i
     receipt = Receipt.read(min(root.glob("measures/*/receipts/*.json")).read_bytes(), "receipt")
     assert receipt.versions == versions() | {"attention": "sdpa"}
     told = Catalog(root, "default").manifest
-    assert told["made_with"] == versions()
-    assert told["versions"] == [receipt.versions | {"shards": len(told["shards"])}]
+    assert told.made_with == versions()
+    assert told.versions == (receipt.versions | {"shards": len(told.shards)},)
     numerics = configure(1, torch.device("cpu"))
     planned = Machine(numerics=numerics, versions=versions() | {"torch": "1.0.0"})
     with pytest.raises(NumericsError, match=r"torch .* and 1\.0\.0"):
         Analyzer(config, "", {}, planned, 4, Provenance(model="", tokenizer="", saes={}))
-    assert "torch" not in told["identity"]["measure"]["numerics"]
+    assert "torch" not in told.identity.measure.numerics
 
 
 def test_books_that_were_changed_never_reach_a_catalog(root, make):

@@ -25,6 +25,7 @@ from sae_census.steps.census import claims
 from sae_census.steps.discovery.background import snapshot_folder
 from sae_census.steps.model.reader import load_saes
 from sae_census.steps.store import entries
+from sae_census.steps.store.identities import Identity
 from sae_census.steps.store.ledger import Ledger, SweepRun
 from sae_census.types import STREAMS, HookPoint, SiteKey, Stream, twins, wrong_with_name
 
@@ -134,10 +135,11 @@ def world(
     assert isinstance(source, dict)
     corpus = {"source": {"old slice": source["notes"]}}
     config = analyze_config(tmp_path / "store", saes=[{"path": str(folder)}], corpus=corpus)
-    known = identify(config.model_copy(update={"saes": (SaeConfig(path=str(folder), name="x"),), "corpus":
-                                               config.corpus.model_copy(update={"source": "x"})})).fields  # fmt: skip
+    corpus_of_none = config.corpus.model_copy(update={"source": "x"})
+    named = config.model_copy(update={"saes": (SaeConfig(path=str(folder), name="x"),), "corpus": corpus_of_none})
+    known = identify(named).identity.content()
     known["measure"]["saes"] = {k.replace("/x", "/my sae ü"): v for k, v in known["measure"]["saes"].items()}
-    claims.claim(LocalBlobs(tmp_path / "store"), "default", known)
+    claims.claim(LocalBlobs(tmp_path / "store"), "default", Identity.model_validate(known))
     analyze(config, lambda line: None)
     return config
 

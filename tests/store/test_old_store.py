@@ -24,10 +24,11 @@ from sae_census.flows.census.snapshots import snapshots
 from sae_census.flows.census.verify import Verdict, verify
 from sae_census.flows.comparison.sides import Side
 from sae_census.io.store.blobs import LocalBlobs
-from sae_census.records import ShardRecord, sealed, unsealed
+from sae_census.records import sealed, unsealed
 from sae_census.steps.census import claims, plan
 from sae_census.steps.discovery.background import load_backgrounds
 from sae_census.steps.model.reader import load_saes
+from sae_census.steps.store.identities import MEASURE_FORMAT, PREPARATION_FORMAT
 
 SITE = ("blocks.0.hook_resid_post", "sae")
 PREPARATION, MEASURE = "5ba01079ad60858c19c7b693b441a7de", "c6df3bf3ce85f5329bba04d6727f8a8f"
@@ -96,10 +97,10 @@ def test_it_is_called_unproven_once_and_gone_on_with_to_the_bit(old):
     assert (again.is_new, again.catalog.number) == (True, 3)
     assert again.catalog.features == first.features
     assert again.catalog.slices == first.slices
-    assert again.catalog.manifest["measures"] == first.manifest["measures"]
+    assert again.catalog.manifest.measures == first.manifest.measures
     spans = [one.table("spans.parquet").drop_columns(["text", "tokens"]) for one in (first, again.catalog)]
     assert spans[0] == spans[1]
-    assert again.catalog.manifest["unproven"] == {"receipts": 6, "sources": 1}
+    assert again.catalog.manifest.unproven == {"receipts": 6, "sources": 1}
     assert facts(old, "partials", "shards") == work
     identity = identify(config_of(old))
     assert (identity.preparation_id, list(identity.measure_ids.values())) == (PREPARATION, [MEASURE])
@@ -123,13 +124,13 @@ def test_grown_by_a_file_it_keeps_what_it_had_and_adds_what_the_file_gives_under
     assert facts(old, "partials", "shards").items() > work.items()
     told = next(line for line in heard if "grows under other versions" in line)
     assert "6 of its 6 shards were computed under torch 2.0.0 and" in told
-    assert {"torch": "2.0.0", "shards": 6} in grown.catalog.manifest["versions"]
+    assert {"torch": "2.0.0", "shards": 6} in grown.catalog.manifest.versions
     assert (grown.is_new, grown.catalog.number) == (True, 3)
-    assert grown.catalog.manifest["measures"] == first.manifest["measures"]
-    assert grown.catalog.manifest["coverage"] == scratch.catalog.manifest["coverage"]
-    assert grown.catalog.manifest["shards"] == scratch.catalog.manifest["shards"]
-    new = {shard["shard_id"] for shard in grown.catalog.manifest["shards"]} - {
-        shard["shard_id"] for shard in first.manifest["shards"]
+    assert grown.catalog.manifest.measures == first.manifest.measures
+    assert grown.catalog.manifest.coverage == scratch.catalog.manifest.coverage
+    assert grown.catalog.manifest.shards == scratch.catalog.manifest.shards
+    new = {shard.shard_id for shard in grown.catalog.manifest.shards} - {
+        shard.shard_id for shard in first.manifest.shards
     }
     partials = [
         {
@@ -144,15 +145,15 @@ def test_grown_by_a_file_it_keeps_what_it_had_and_adds_what_the_file_gives_under
     # another machine may have made the old shards, whose last bits may differ
     for name in ("mean", "max"):
         np.testing.assert_allclose(grown.catalog.features[name], scratch.catalog.features[name], rtol=1e-3, atol=1e-6)
-    assert len(grown.catalog.manifest["versions"]) == 2
-    assert sum(one["shards"] for one in grown.catalog.manifest["versions"]) == len(grown.catalog.manifest["shards"])
+    assert len(grown.catalog.manifest.versions) == 2
+    assert sum(one["shards"] for one in grown.catalog.manifest.versions) == len(grown.catalog.manifest.shards)
 
 
 def test_what_a_name_was_claimed_with_stands_for_keys_that_are_null(old):
     assert identify(config_of(old)).config.masks.attention_sinks is False
     new = identify(config_of(old, catalog={"name": "new"}))
     assert new.config.masks.attention_sinks is True
-    assert (new.measure["format"], new.preparation["format"]) == (plan.FORMAT, 2)
+    assert (new.identity.measure.format, new.identity.preparation.format) == (MEASURE_FORMAT, PREPARATION_FORMAT)
     asked = config_of(old, masks={"attention_sinks": True})
     with pytest.raises(IdentityError, match=r"measure\.masks\.attention_sinks was None, now True"):
         analyze(asked, lambda line: None)
@@ -165,14 +166,14 @@ def test_numerics_of_then_hold_the_torch_of_then(old):
     blobs, config = LocalBlobs(old / "runs"), config_of(old, cluster={"threads_per_worker": 1, "executor": "inline"})
     today = identify(config.model_copy(update={"catalog": config.catalog.model_copy(update={"name": "new"})}))
     key = "catalogs/one/identity.json"
-    there = claims.claimed(blobs, "old")
+    there = claims.claimed(blobs, "old").content()
     there["measure"]["numerics"] = {**today.numerics, "torch": "2.0.0"}
     blobs.put(key, sealed(there))
     named = config.model_copy(update={"catalog": config.catalog.model_copy(update={"name": "one"})})
     found = identify(named)
-    assert found.measure == there["measure"]
-    assert "torch" not in today.measure["numerics"]
-    assert analyze(named, lambda line: None).catalog.manifest["identity"] == there
+    assert found.identity.content() == there
+    assert "torch" not in today.identity.measure.numerics
+    assert analyze(named, lambda line: None).catalog.manifest.identity.content() == there
     with pytest.raises(IdentityError, match=r"measure\.numerics\.threads was 1, now 2"):
         analyze(named.model_copy(update={"cluster": named.cluster.model_copy(update={"threads_per_worker": 2})}))
 
@@ -219,6 +220,4 @@ def look(root: Path):
     config = config_of(root)
     blobs = LocalBlobs(config.store.root)
     identity = identify(config)
-    manifest = Catalog(root / "runs", "old").manifest
-    shards = [ShardRecord.model_validate(shard) for shard in manifest["shards"]]
-    return plan.look(blobs, identity.measure_ids, shards)[1]
+    return plan.look(blobs, identity.measure_ids, Catalog(root / "runs", "old").manifest.shards)[1]

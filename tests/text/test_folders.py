@@ -364,7 +364,7 @@ def test_a_file_without_a_usable_record_is_named_on_the_terminal_and_in_the_mani
         assert told.startswith("warning: 12 files have no usable record: bad.jsonl of slice mine, blank.jsonl of slice")
         assert told.endswith(" and 2 more; the manifest names all")
         assert any("1 file is not read, because a name begins with a dot" in one for one in warnings)
-        sources = analysis.catalog.manifest["coverage"]["sources"]
-        assert sorted(name for source in sources for name in source.get("unused_files", [])) == sorted(USELESS)
-        (book,) = analysis.catalog.manifest["passed_over"]
+        sources = analysis.catalog.manifest.coverage.sources
+        assert sorted(name for source in sources for name in source.unused_files) == sorted(USELESS)
+        (book,) = analysis.catalog.manifest.passed_over
         assert Counter(book) == {"where": str(folder), "why": "dot", "count": 1, "first": ".b.jsonl"}

@@ -248,7 +248,7 @@ def test_a_corpus_with_its_own_bos_gives_the_shards_of_one_without(tmp_path: Pat
                 root=config.store.root,
                 model=config.model,
                 corpus=config.corpus,
-                fields=identity.preparation | {"format": rule},
+                preparation=identity.identity.preparation.model_copy(update={"format": rule}),
                 num_embeddings=identity.facts.num_embeddings,
                 planned=identity.provenance,
             )
@@ -263,7 +263,7 @@ def test_a_run_says_how_many_documents_brought_a_bos(tmp_path: Path, analyze_con
     said: list[str] = []
     found = analyze(analyze_config(tmp_path / "store", corpus={"source": source}), said.append)
     assert any("6 of 9 documents begin with a BOS of their own" in line for line in said)
-    assert found.catalog.manifest["coverage"]["documents_with_bos"] == 6
+    assert found.catalog.manifest.coverage.documents_with_bos == 6
 
 
 def test_a_prompt_that_brings_its_bos_is_observed_as_one_without(model_dir: Path, sae_dirs: dict[str, Path]) -> None:
@@ -282,7 +282,7 @@ def test_a_run_counts_the_pad_token_that_its_texts_contain(
     config = analyze_config(
         tmp_path / "store", model={"id": str(folder)}, corpus={"source": source, "packing": "document"}
     )
-    coverage = analyze(config, lambda line: None).catalog.manifest["coverage"]
-    for books in coverage["tokens"].values():
+    coverage = analyze(config, lambda line: None).catalog.manifest.coverage
+    for books in coverage.tokens.values():
         assert books["special_tokens"] == 3  # a BOS each, and what was added as <pad>
-        assert books["counted"] + books["special_tokens"] == coverage["slices"]["chat"]["tokens"]
+        assert books["counted"] + books["special_tokens"] == coverage.slices["chat"].tokens

@@ -29,7 +29,7 @@ def job(config: AnalyzeConfig) -> int:
 
 def best_table(catalog: Catalog, hook_point: str, sae: str, num_features: int) -> Table:
     """The best ranked features of one SAE with their strongest spans, peak token highlighted."""
-    score = catalog.manifest["ranking"]["score"]
+    score = catalog.manifest.ranking.score
     table = Table(title=f"{hook_point}  {sae}  by {score}", title_justify="left", expand=False)
     for name in ("rank", "feature", score, "fires on", "max"):
         table.add_column(name, justify="right", no_wrap=True, min_width=max(len(name), 5))
@@ -50,14 +50,14 @@ def best_table(catalog: Catalog, hook_point: str, sae: str, num_features: int) -
 
 def _summary(analysis: Analysis) -> str:
     catalog = analysis.catalog
-    coverage = catalog.manifest["coverage"]
+    coverage = catalog.manifest.coverage
     lines = [f"catalog   {catalog.folder}{'' if analysis.is_new else ' (unchanged)'}", f"digest    {catalog.digest}"]
-    for point, books in coverage["tokens"].items():
+    for point, books in coverage.tokens.items():
         masked = ", ".join(f"{n} {rule}" for rule, n in books.items() if rule != "counted" and n)
         lines.append(
             f"tokens    {books['counted']:,} counted at {point}" + (f" (not counted: {masked})" if masked else "")
         )
-    for site, fvu in catalog.manifest["fraction_of_variance_unexplained"].items():
+    for site, fvu in catalog.manifest.fraction_of_variance_unexplained.items():
         lines.append(
             f"fit       {site}: fraction of variance unexplained {fvu:.3f}"
             if fvu is not None

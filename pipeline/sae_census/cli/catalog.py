@@ -28,10 +28,10 @@ def job(config: SnapshotsConfig) -> int:
         case "build":
             catalog, is_new = build(config)
             print(f"catalog   {catalog.folder}{'' if is_new else ' (unchanged)'}\ndigest    {catalog.digest}")
-            for name, facts in catalog.manifest["coverage"]["slices"].items():
-                weight = catalog.manifest.get("weights", {}).get(name, 1)
+            for name, facts in catalog.manifest.coverage.slices.items():
+                weight = catalog.manifest.weights.get(name, 1)
                 times = f", counted {weight} times" if weight > 1 else ""
-                print(f"slice     {printable(name)}: {facts['tokens']:,} tokens in {facts['shards']} shards{times}")
+                print(f"slice     {printable(name)}: {facts.tokens:,} tokens in {facts.shards} shards{times}")
         case "compact":
             _compact(config)
         case "diff":

@@ -284,7 +284,7 @@ class _Catalogs:
                 "snapshot": catalog.number,
                 "digest": catalog.digest,
                 "saes": catalog.saes,
-                "tokens": catalog.manifest["coverage"]["tokens"],
+                "tokens": catalog.manifest.coverage.tokens,
             }
             for name in catalog_names(self._root)
             for catalog in [self.get(name)]

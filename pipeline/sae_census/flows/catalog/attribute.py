@@ -9,16 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from sae_census.config import AnalyzeConfig, AttributeConfig, ClusterConfig, ModelConfig
+from sae_census.config import AttributeConfig, ClusterConfig, ModelConfig
 from sae_census.config.sections import EMBEDDED_SAES
-from sae_census.errors import CensusError, ConfigError, IdentityError
+from sae_census.errors import CensusError, ConfigError
 from sae_census.flows.catalog.reader import Catalog
 from sae_census.io.model.device import choose_device, choose_dtype
 from sae_census.io.model.hooks import check_point
 from sae_census.io.store.blobs import LocalBlobs
-from sae_census.records import sealed
 from sae_census.steps.census import publish, ranges
 from sae_census.steps.census.logits import (
     LOGITS,
@@ -32,9 +30,12 @@ from sae_census.steps.census.logits import (
 from sae_census.steps.census.partial import RangeTask
 from sae_census.steps.cluster import run_tasks
 from sae_census.steps.cluster.outcomes import in_order, result_of
-from sae_census.steps.model.parts import Provenance, facts_of, tokenizer_of
+from sae_census.steps.model.parts import facts_of, tokenizer_of
+from sae_census.steps.model.provenance import Provenance
 from sae_census.steps.model.reader import load_saes
-from sae_census.steps.store import layout, manifests
+from sae_census.steps.store import layout
+from sae_census.steps.store.identities import MeasuredModel
+from sae_census.steps.store.manifests import AttributionRecord, LogitFacts, Making
 from sae_census.steps.store.progress import Voice, new_run
 
 
@@ -51,10 +52,21 @@ class Attribution:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What decides the logits, and the work."""
+
+    model: MeasuredModel
+    digests: dict[str, str]
+    """Of the SAEs, by site."""
+    ranges: list[RangeTask]
+    """Of features, in the order of sites."""
+
+
 def write_logits(
     folder: Path, settings: LogitSettings, todo: list[RangeTask], cluster: ClusterConfig, voice: Voice
-) -> tuple[dict[str, Any], float]:
-    """Attribute all ranges and write the tables; facts for the manifest, and seconds.
+) -> tuple[LogitFacts, float]:
+    """Attribute all ranges and write the tables; what they mean, and seconds.
 
     Args:
         folder: gets the tables.
@@ -99,54 +111,56 @@ def attribute(config: AttributeConfig, say: Callable[[str], None] | None = None)
 
 def _to_folder(config: AttributeConfig, say: Callable[[str], None] | None) -> Attribution:
     blobs = LocalBlobs(config.out or Path(config.store.root) / "logits")
-    about, todo = _identify(config, None)
+    parts = _identify(config)
     with publish.Draft(blobs, (), {}) as draft:
         voice = Voice(blobs, "events.jsonl", say)
         with blobs.writing():
-            facts, seconds = write_logits(draft.folder, _settings(config, about), todo, config.cluster, voice)
+            facts, seconds = write_logits(draft.folder, _settings(config, parts), parts.ranges, config.cluster, voice)
         files = publish.digests(draft.folder)
         blobs.delete("manifest.json")
         blobs.sync()
         for name in files:
             blobs.adopt(name, draft.folder / name)
-        blobs.put("manifest.json", sealed({"files": files, **about, "logits": facts}))
-    return Attribution(folder=blobs.root, is_new=True, dtype=about["model"]["dtype"], seconds=seconds)
+        record = AttributionRecord(files=files, model=parts.model, saes=parts.digests, logits=facts)
+        blobs.put("manifest.json", record.to_bytes())
+    return Attribution(folder=blobs.root, is_new=True, dtype=parts.model.dtype, seconds=seconds)
 
 
 def _to_catalog(config: AttributeConfig, name: str, say: Callable[[str], None] | None) -> Attribution:
     blobs, old = LocalBlobs(config.store.root), Catalog(config.store.root, name)
     config = _with_parts_of(old, config)
-    about, todo = _identify(config, old.measure["model"].get("tokenizer"))
-    _prove(about, old)
-    kept = {file: facts for file, facts in old.manifest["files"].items() if file not in (LOGITS, MOMENTS)}
+    parts = _identify(config, old.provenance)
+    kept = {file: facts for file, facts in old.manifest.files.items() if file not in (LOGITS, MOMENTS)}
     with publish.Draft(blobs, (), {}) as draft:
         draft.copy(old.folder, kept)
         voice = Voice(blobs, layout.events(new_run()), say)
         with blobs.writing():
-            facts, seconds = write_logits(draft.folder, _settings(config, about), todo, config.cluster, voice)
+            facts, seconds = write_logits(draft.folder, _settings(config, parts), parts.ranges, config.cluster, voice)
         if publish.snapshots(blobs, name)[-1] != old.number:
             raise CensusError(f"catalog {name!r} has got a new snapshot meanwhile; run the same command again")
-        volatile = {
-            "made_at": time.time(),
-            "config": old.manifest["config"] | {"logits": config.logits.model_dump(mode="json")},
-            "numerics": old.manifest["numerics"],
-            "units": old.units,
-            "seconds": old.manifest["seconds"] | {"logits": seconds},
-            "passed_over": old.manifest.get("passed_over", []),
-        }
-        volatile |= {key: old.manifest[key] for key in ("made_with", "versions", "unproven") if key in old.manifest}
-        number, _, is_new = draft.publish(name, manifests.facts_of(old.manifest) | {"logits": facts}, volatile)
+        said = {field: value for field, value in old.manifest.making.content().items() if field != "built_from"}
+        making = Making.model_validate(
+            said
+            | {
+                "made_at": time.time(),
+                "config": old.manifest.config | {"logits": config.logits.model_dump(mode="json")},
+                "units": old.units,
+                "seconds": old.manifest.seconds | {"logits": seconds},
+                "passed_over": old.manifest.passed_over,
+            }
+        )
+        number, _, is_new = draft.publish(name, old.manifest.facts.model_copy(update={"logits": facts}), making)
     folder = publish.folder_of(blobs, name, number)
-    return Attribution(folder=folder, is_new=is_new, dtype=about["model"]["dtype"], seconds=seconds)
+    return Attribution(folder=folder, is_new=is_new, dtype=parts.model.dtype, seconds=seconds)
 
 
-def _settings(config: AttributeConfig, about: dict[str, Any]) -> LogitSettings:
+def _settings(config: AttributeConfig, parts: _Parts) -> LogitSettings:
     return LogitSettings(
         model=config.model,
         saes=config.saes,
         logits=config.logits,
         threads=config.cluster.threads_per_worker,
-        planned=Provenance.of_measure(about),
+        planned=Provenance(model=parts.model.digest, tokenizer=parts.model.tokenizer, saes=parts.digests),
     )
 
 
@@ -158,8 +172,8 @@ def _with_parts_of(catalog: Catalog, config: AttributeConfig) -> AttributeConfig
     Raises:
         ConfigError: if it asks for another dtype.
     """
-    made = AnalyzeConfig.model_validate(catalog.manifest["config"])
-    dtype = catalog.manifest["identity"]["measure"]["model"]["dtype"]
+    made = catalog.config
+    dtype = catalog.measure.model.dtype
     asked = config.model
     if asked.dtype not in ("auto", dtype):
         raise ConfigError(f"model.dtype is {asked.dtype}, but the catalog was made in {dtype}; leave model.dtype out")
@@ -169,15 +183,15 @@ def _with_parts_of(catalog: Catalog, config: AttributeConfig) -> AttributeConfig
     return config.model_copy(update={"model": model.model_copy(update=mine), "saes": saes})
 
 
-def _identify(config: AttributeConfig, tokenizer_as: str | None = None) -> tuple[dict[str, Any], list[RangeTask]]:
-    """What decides the logits, checked before any work, and the ranges of features.
+def _identify(config: AttributeConfig, made_with: Provenance | None = None) -> _Parts:
+    """What decides the logits, checked before any work.
 
     Args:
         config: of the job.
-        tokenizer_as: the digest by which a catalog knows its tokenizer.
+        made_with: the parts of the catalog that the logits are for.
 
     Raises:
-        UserError: if model and SAEs do not belong together, or cannot be read.
+        UserError: if model and SAEs do not belong together, cannot be read, or are not the catalog's.
     """
     model = config.model
     facts, tokenizer = facts_of(model), tokenizer_of(model)
@@ -186,21 +200,11 @@ def _identify(config: AttributeConfig, tokenizer_as: str | None = None) -> tuple
         check_point(key.hook_point, facts.taps, facts.num_layers)
     check_request(config.logits, (key.hook_point for key in saes), tokenizer)
     dtype = str(choose_dtype(model.dtype, choose_device(model.device))).removeprefix("torch.")
-    known = tokenizer.digest_as(tokenizer_as)
-    about = {
-        "model": {"digest": facts.digest, "family": facts.family, "dtype": dtype, "tokenizer": known},
-        "saes": {str(key): loaded.digest for key, loaded in saes.items()},
-    }
-    return about, ranges.tasks([loaded.sae.num_features for loaded in saes.values()])
-
-
-def _prove(about: dict[str, Any], catalog: Catalog) -> None:
-    """Raises IdentityError unless model and SAEs are those that the catalog was made with."""
-    there = catalog.manifest["identity"]["measure"]
-    for part, found in about.items():
-        differing = sorted(k for k in found.keys() | there[part].keys() if found.get(k) != there[part].get(k))
-        if differing:
-            raise IdentityError(
-                f"catalog {catalog.manifest['catalog']!r} was made with other {part}: {', '.join(differing)} differ; "
-                f"leave {part} out to take the catalog's own, or name those that it was made with"
-            )
+    if made_with is not None:
+        made_with.prove(model.id, facts.digest, tokenizer, saes)
+    known = tokenizer.digest if made_with is None else made_with.tokenizer
+    return _Parts(
+        model=MeasuredModel(digest=facts.digest, family=facts.family, dtype=dtype, tokenizer=known),
+        digests={str(key): loaded.digest for key, loaded in saes.items()},
+        ranges=ranges.tasks([loaded.sae.num_features for loaded in saes.values()]),
+    )

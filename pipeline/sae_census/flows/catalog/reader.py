@@ -11,14 +11,15 @@ from sae_census.config import AnalyzeConfig
 from sae_census.errors import ConfigError
 from sae_census.io.store import tables
 from sae_census.io.store.blobs import LocalBlobs
-from sae_census.records import ShardRecord
 from sae_census.steps.catalog import finding
 from sae_census.steps.catalog.stored_codes import StoredCodes, coactive
-from sae_census.steps.census import plan, publish
+from sae_census.steps.census import publish
 from sae_census.steps.census.logits import LOGITS, MOMENTS
+from sae_census.steps.model.provenance import Provenance
 from sae_census.steps.model.reader import load_saes
 from sae_census.steps.store import entries, layout
-from sae_census.steps.store.manifests import SnapshotFiles
+from sae_census.steps.store.identities import Measures
+from sae_census.steps.store.snapshot_files import SnapshotFiles
 from sae_census.types import HookPoint, SiteKey
 
 
@@ -68,23 +69,32 @@ class Catalog:
         self.folder = publish.folder_of(blobs, name, self.number)
         self.attached = blobs.path(layout.attached(name, self.number, ""))
         self.manifest = publish.read_manifest(blobs, name, self.number)
-        self._files = SnapshotFiles(self.folder, self.manifest["files"])
+        self._files = SnapshotFiles(self.folder, self.manifest.files)
 
     @property
     def digest(self) -> str:
         """Equal for equal catalogs."""
-        return str(self.manifest["digest"])
+        return self.manifest.digest
 
     @property
-    def measure(self) -> dict[str, Any]:
-        """What of its identity says how its text was looked at: `measure` of the manifest."""
-        found: dict[str, Any] = self.manifest["identity"]["measure"]
-        return found
+    def measure(self) -> Measures:
+        """What of its identity says how its text was looked at."""
+        return self.manifest.identity.measure
+
+    @property
+    def config(self) -> AnalyzeConfig:
+        """Of the job that made it, in today's form: keys that came later have their defaults."""
+        return AnalyzeConfig.model_validate(self.manifest.config)
+
+    @property
+    def provenance(self) -> Provenance:
+        """The model, tokenizer and SAEs that it was made with."""
+        return Provenance.of_measures(self.measure, f"catalog {self.manifest.catalog!r}")
 
     @property
     def saes(self) -> list[str]:
         """`hook_point/sae` of every SAE."""
-        return sorted(self.manifest["identity"]["measure"]["saes"])
+        return sorted(self.measure.saes)
 
     def table(self, name: str, columns: Sequence[str] | None = None, **options: Any) -> tables.Table:
         """A table of the snapshot, or some of it, as `io.tables.read` does.
@@ -107,7 +117,7 @@ class Catalog:
     @property
     def units(self) -> dict[str, str]:
         """What the codes of each SAE are measured in, by site; empty in catalogs that were made before it was noted."""
-        return dict(self.manifest.get("units", {}))
+        return self.manifest.units
 
     def of_sae(self, hook_point: str, sae: str) -> tables.Table:
         """Rows of `features` of one SAE, by feature id."""
@@ -242,25 +252,22 @@ class Catalog:
         The SAE is read from where the catalog's config names it.
 
         Raises:
-            ConfigError: if another SAE lies there now.
+            IdentityError: if another SAE lies there now.
         """
-        config = AnalyzeConfig.model_validate(self.manifest["config"])
         site = SiteKey(HookPoint.parse(hook_point), sae)
-        loaded = load_saes(config.saes).get(site)
-        if loaded is None or loaded.digest != self.manifest["identity"]["measure"]["saes"][str(site)]:
-            raise ConfigError(f"the SAE {sae} at {hook_point} is no longer where the catalog's config names it")
-        rows = loaded.sae.w_dec.numpy()
+        loaded = {key: one for key, one in load_saes(self.config.saes).items() if key == site}
+        self.provenance.only([site]).prove_saes(loaded)
+        rows = loaded[site].sae.w_dec.numpy()
         lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(rows[feature_id])
         cosine = (rows @ rows[feature_id]) / np.maximum(lengths, np.finfo(np.float32).tiny)
         order = [i for i in np.argsort(-cosine, kind="stable") if i != feature_id]
         return [{"feature_id": int(i), "cosine": float(cosine[i])} for i in order[:num_features]]
 
     def _stored(self, hook_point: str, sae: str) -> StoredCodes:
-        if self.manifest["identity"]["measure"]["codes"] != "keep":
+        if self.measure.codes != "keep":
             raise ConfigError("this catalog's codes were not kept; analyze with codes=keep to ask for them")
-        shards = [ShardRecord.model_validate(shard) for shard in self.manifest["shards"]]
-        measure_id = plan.measure_ids(self.manifest["identity"]["measure"])[f"{hook_point}/{sae}"]
-        return StoredCodes(self._blobs, measure_id, shards)
+        measure_id = self.measure.of(f"{hook_point}/{sae}").measure_id
+        return StoredCodes(self._blobs, measure_id, self.manifest.shards)
 
     def statistics(self, hook_point: str, sae: str) -> dict[str, np.ndarray]:
         """The arrays of one SAE: counts, fixed-point sums, histogram with its edges.
@@ -290,8 +297,8 @@ class Catalog:
         return self.table(MOMENTS)
 
     def _require_logits(self) -> None:
-        if "logits" not in self.manifest:
-            name = self.manifest["catalog"]
+        if self.manifest.logits is None:
+            name = self.manifest.catalog
             raise ConfigError(
                 f"snapshot {self.number} of catalog {name!r} has no logits; run sae-census attribute store.root=… "
                 f"catalog.name={name}, or sae-census analyze with logits.top_k=10"

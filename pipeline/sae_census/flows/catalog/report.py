@@ -72,7 +72,7 @@ def write_report(config: ReportConfig, say: Callable[[str], None] | None = None)
             for chunk, content in site.chunks(config.features):
                 write(f"{data}/{number}/{chunk}.js", report.data_file(f"{number}/{chunk}", content))
                 stage.advance(len(content["features"]))
-    write(INDEX, report.viewer(f"{catalog.manifest['catalog']} {catalog.number:06d}", facts | {"data": data}))
+    write(INDEX, report.viewer(f"{catalog.manifest.catalog} {catalog.number:06d}", facts | {"data": data}))
     _remove_others(blobs, data)
     return Report(
         index=blobs.path(INDEX),

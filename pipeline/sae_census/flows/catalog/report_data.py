@@ -35,27 +35,27 @@ def by_layer(catalog: Catalog) -> list[str]:
 def overview(catalog: Catalog, num_with_spans: int | None) -> Plain:
     """What the page says of the catalog as a whole."""
     manifest = catalog.manifest
-    measure, config, coverage = manifest["identity"]["measure"], manifest["config"], manifest["coverage"]
+    measure, config, coverage = catalog.measure, manifest.config, manifest.coverage
     return {
-        "name": manifest["catalog"],
+        "name": manifest.catalog,
         "snapshot": catalog.number,
         "digest": catalog.digest,
         "model": config["model"]["id"],
         "revision": config["model"]["revision"],
-        "model_digest": measure["model"]["digest"],
-        "dtype": measure["model"]["dtype"],
-        "context_length": measure["context_length"],
+        "model_digest": measure.model.digest,
+        "dtype": measure.model.dtype,
+        "context_length": measure.context_length,
         "packing": config["corpus"]["packing"],
-        "masks": measure["masks"],
-        "score": manifest["ranking"]["score"],
-        "groups": manifest["span_groups"],
-        "slices": [[name, facts["tokens"], facts["contexts"]] for name, facts in coverage["slices"].items()],
-        "weights": sorted(manifest.get("weights", {}).items()),
-        "shards": coverage["shards"],
-        "shards_missing": len(coverage["missing"]),
-        "records_dropped": sorted(coverage["records_dropped"].items()),
-        "tokens_truncated": coverage["tokens_truncated"],
-        "documents_with_bos": coverage.get("documents_with_bos", 0),
+        "masks": measure.content()["masks"],
+        "score": manifest.ranking.score,
+        "groups": list(manifest.span_groups),
+        "slices": [[name, facts.tokens, facts.contexts] for name, facts in coverage.slices.items()],
+        "weights": sorted(manifest.weights.items()),
+        "shards": coverage.shards,
+        "shards_missing": len(coverage.missing),
+        "records_dropped": sorted(coverage.records_dropped.items()),
+        "tokens_truncated": coverage.tokens_truncated,
+        "documents_with_bos": coverage.documents_with_bos,
         "chunk": CHUNK,
         "features_with_spans": num_with_spans,
         "sites": [SiteData(catalog, site).facts() for site in by_layer(catalog)],
@@ -99,11 +99,11 @@ class SiteData:
         manifest, l0 = self._catalog.manifest, self._arrays["l0_histogram"]
         return {
             "site": self.site,
-            "digest": manifest["identity"]["measure"]["saes"][self.site],
+            "digest": self._catalog.measure.saes[self.site],
             "num_features": self.num_features,
             "dead": int(np.count_nonzero(np.asarray(self._table["dead"]))),
-            "tokens": list(manifest["coverage"]["tokens"][self.hook_point].items()),
-            "fvu": manifest["fraction_of_variance_unexplained"][self.site],
+            "tokens": list(manifest.coverage.tokens[self.hook_point].items()),
+            "fvu": manifest.fraction_of_variance_unexplained[self.site],
             "l0": float(l0 @ np.arange(len(l0)) / max(int(l0.sum()), 1)),
             "l0_is_bound": bool(l0[-1]),
             "slices": self._slices,
@@ -111,7 +111,7 @@ class SiteData:
             "edges": self._arrays["histogram_edges"].tolist(),
             "spark_start": self._first_bin,
             "spark_bins": _SPARK_BINS,
-            "has_logits": "logits" in manifest,
+            "has_logits": manifest.logits is not None,
         }
 
     def table(self) -> Plain:
@@ -154,7 +154,7 @@ class SiteData:
             stop = min(start + BLOCK, self.num_features)
             wanted = np.flatnonzero(shown[start:stop]) + start
             spans = self._rows("spans.parquet", start, stop) if len(wanted) else None
-            logits = self._rows(LOGITS, start, stop) if "logits" in self._catalog.manifest else None
+            logits = self._rows(LOGITS, start, stop) if self._catalog.manifest.logits is not None else None
             for first in range(start, stop, CHUNK):
                 last = min(first + CHUNK, stop)
                 mine = None if spans is None else _of_features(spans, shown, first, last)
@@ -189,7 +189,7 @@ class SiteData:
 
     def _spans(self, spans: tables.Table, features: list[Plain], start: int) -> Plain:
         """Add firings and the groups that show them to features; the tokens, documents, shards they point into."""
-        groups = self._catalog.manifest["span_groups"]
+        groups = self._catalog.manifest.span_groups
         kept = np.zeros(spans.num_rows, bool)
         seen: dict[tuple[Any, ...], int] = {}
         for feature in features:

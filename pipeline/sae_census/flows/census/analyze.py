@@ -6,7 +6,6 @@ Fill the store with partials -> reduce ranges of features -> publish -> write th
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from sae_census.compute.census import masks
 from sae_census.config import AnalyzeConfig, ReportConfig
@@ -21,6 +20,7 @@ from sae_census.steps.census import claims, plan, publish
 from sae_census.steps.census.logits import LogitSettings
 from sae_census.steps.census.partial import RangeTask
 from sae_census.steps.store import seals
+from sae_census.steps.store.manifests import Job, LogitFacts, SourceCoverage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +59,10 @@ def analyze(config: AnalyzeConfig, say: Callable[[str], None] | None = None) -> 
         UserError: if the user must change something; nothing that was finished is lost.
     """
     filling = Filling(config, say)
-    claims.check_claim(filling.blobs, config.catalog.name, filling.identity.fields)
+    claims.check_claim(filling.blobs, config.catalog.name, filling.identity.identity)
     with filling.running(config.catalog.name):
         records, receipts, failures = filling.run()
-        claims.claim(filling.blobs, config.catalog.name, filling.identity.fields)
+        claims.claim(filling.blobs, config.catalog.name, filling.identity.identity)
         analysis = _publish(filling, records, receipts, failures)
         _seal(filling)
         return analysis
@@ -79,25 +79,25 @@ def _publish(
     config, identity = filling.config, filling.identity
     chosen = Chosen(
         config=config,
-        identity=identity.fields,
+        identity=identity.identity,
         decoder_norms={site: loaded.sae.decoder_norms().numpy() for site, loaded in identity.saes.items()},
         receipts=receipts,
         sources=[_about_source(record) for record in records],
         missing=[failure.shard.shard_id for failure in failures],
         weights={},
         unproven={"sources": sum(not record.is_proven for record in records)},
-        volatile={
-            "config": config.model_dump(mode="json"),
-            "numerics": identity.numerics_of(each for found in receipts.values() for each in found.values()),
-            "seconds": filling.seconds,
-            "passed_over": [asdict(one) for one in filling.passed_over],
-            "units": {str(site): str(loaded.unit) for site, loaded in identity.saes.items()},
-        },
+        job=Job(
+            config=config.model_dump(mode="json"),
+            numerics=identity.numerics_of(each for found in receipts.values() for each in found.values()),
+            seconds=filling.seconds,
+            passed_over=tuple(asdict(one) for one in filling.passed_over),
+            units={str(site): str(loaded.unit) for site, loaded in identity.saes.items()},
+        ),
     )
     began = time.monotonic()
     catalog, is_new = reduce(chosen, filling.voice, lambda draft, todo: _attribute(filling, draft, todo))
     filling.seconds["reduce"] = time.monotonic() - began - filling.seconds.get("logits", 0)
-    for point, books in catalog.manifest["coverage"]["tokens"].items():
+    for point, books in catalog.manifest.coverage.tokens.items():
         if sentence := masks.many_sinks(books):
             filling.voice.say(f"warning: {point}: {sentence}")
     return Analysis(
@@ -132,11 +132,11 @@ def _report(filling: Filling, catalog: Catalog) -> Report:
     return found
 
 
-def _attribute(filling: Filling, draft: publish.Draft, todo: list[RangeTask]) -> dict[str, Any]:
-    """Write the logits of all ranges to the draft, if they are wanted; facts for the manifest."""
+def _attribute(filling: Filling, draft: publish.Draft, todo: list[RangeTask]) -> LogitFacts | None:
+    """Write the logits of all ranges to the draft, if they are wanted, and say what they mean."""
     config = filling.config
     if not config.logits.top_k:
-        return {}
+        return None
     threads = config.cluster.threads_per_worker
     settings = LogitSettings(
         model=config.model,
@@ -148,18 +148,17 @@ def _attribute(filling: Filling, draft: publish.Draft, todo: list[RangeTask]) ->
     with filling.blobs.writing():
         written = write_logits(draft.folder, settings, todo, config.cluster, filling.voice)
     facts, filling.seconds["logits"] = written
-    return {"logits": facts}
+    return facts
 
 
-def _about_source(record: SourceRecord) -> dict[str, Any]:
+def _about_source(record: SourceRecord) -> SourceCoverage:
     """What a manifest says of a source."""
-    return {
-        "source_id": record.source_id,
-        "slice": record.slice,
-        "names": list(record.names),
-        "shards": [shard.shard_id for shard in record.shards],
-        "records_dropped": record.dropped,
-        "tokens_truncated": record.tokens_truncated,
-        **({"documents_with_bos": record.num_with_bos} if record.num_with_bos else {}),
-        **({"unused_files": list(record.files_without_use)} if record.files_without_use else {}),
-    }
+    found = SourceCoverage(
+        source_id=record.source_id,
+        slice=record.slice,
+        names=record.names,
+        shards=tuple(shard.shard_id for shard in record.shards),
+        records_dropped=record.dropped,
+        tokens_truncated=record.tokens_truncated,
+    )
+    return found.with_any(documents_with_bos=record.num_with_bos, unused_files=record.files_without_use)

@@ -5,7 +5,7 @@ the partials back and keeps of every slice the root: a corpus that grows is then
 partials, while any other choice of shards is analysed again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -70,9 +70,7 @@ def compact(
     """
     cluster = cluster or ClusterConfig()
     catalog = Catalog(root, name, snapshot)
-    fields = catalog.manifest["identity"]["measure"]
-    plan.check_readable(name, fields)
-    if prune and fields["codes"] == "keep":
+    if prune and catalog.measure.codes == "keep":
         raise ConfigError(
             f"catalog {name!r} keeps all codes, which only its partials hold: they cannot be pruned; compact it without"
         )
@@ -84,7 +82,7 @@ def compact(
         voice.running({"catalog": name, "workers": cluster.num_workers, "address": cluster.address}),
         connected(cluster),
     ):
-        run = _Run(blobs, measures, partial(Merger, str(blobs.root), fields["sampling"]), cluster, voice)
+        run = _Run(blobs, measures, partial(Merger, str(blobs.root), catalog.measure.sampling), cluster, voice)
         run.make(roots_suffice=prune)
         num_pruned = run.prune() if prune else 0
         voice.event("done", {"snapshot": None, "is_new": False})
@@ -101,7 +99,7 @@ def compact(
 class _Measure:
     """One SAE of a snapshot: what of its shards is there."""
 
-    def __init__(self, blobs: LocalBlobs, measure_id: str, num_features: int, shards: list[ShardRecord], fan: int):
+    def __init__(self, blobs: LocalBlobs, measure_id: str, num_features: int, shards: Sequence[ShardRecord], fan: int):
         self._blobs = blobs
         self.measure_id, self.num_features = measure_id, num_features
         self.nodes = tree.Nodes(blobs, measure_id)
@@ -142,9 +140,9 @@ class _Measure:
 
 def _measures(blobs: LocalBlobs, catalog: Catalog, fan: int) -> list[_Measure]:
     """Of every SAE of a snapshot; SAEs that are equal share one."""
-    shards = [ShardRecord.model_validate(shard) for shard in catalog.manifest["shards"]]
+    shards = catalog.manifest.shards
     sites = {}
-    for site, measure_id in plan.measure_ids(catalog.manifest["identity"]["measure"]).items():
+    for site, measure_id in catalog.measure.ids.items():
         sites[measure_id] = SiteKey.parse(site)
     return [
         _Measure(blobs, key, catalog.of_sae(str(site.hook_point), site.sae).num_rows, shards, fan)

@@ -27,7 +27,9 @@ from sae_census.steps.census.shard import Machine, ShardTask
 from sae_census.steps.cluster import connected, run_tasks
 from sae_census.steps.cluster.outcomes import Outcome, result_of
 from sae_census.steps.model.demands import Run
-from sae_census.steps.store import layout, manifests
+from sae_census.steps.store import layout
+from sae_census.steps.store.identities import MeasureRecord
+from sae_census.steps.store.manifests import describe
 from sae_census.steps.store.progress import Voice, new_run
 
 _NAMED = 10
@@ -80,12 +82,16 @@ class Filling:
     def _describe(self) -> None:
         """Write what preparation and measures are, for whoever finds them."""
         config, identity = self.config, self.identity
-        manifests.describe(self.blobs, layout.preparation(identity.preparation_id), identity.preparation)
-        measures = plan.measures(identity.measure)
-        made = {"preparation_id": identity.preparation_id, "config": config.model_dump(mode="json")}
+        preparation, measures = identity.identity.preparation, identity.identity.measure
+        describe(self.blobs, layout.preparation(preparation.preparation_id), preparation)
+        made = {"preparation_id": preparation.preparation_id, "config": config.model_dump(mode="json")}
         for site in identity.saes:
-            manifest = {"fields": measures[str(site)], **made}
-            manifests.describe(self.blobs, layout.measure(identity.measure_ids[site]), manifest)
+            measure = measures.of(str(site))
+            describe(
+                self.blobs,
+                layout.measure(measure.measure_id),
+                MeasureRecord.model_validate({"fields": measure, **made}),
+            )
 
     def run(self) -> tuple[list[SourceRecord], plan.Receipts, list[Failure]]:
         """Prepare and map: what of every source, the receipts of all whole shards, and what failed."""
@@ -102,7 +108,7 @@ class Filling:
             root=config.store.root,
             model=config.model,
             corpus=config.corpus,
-            fields=self.identity.preparation,
+            preparation=self.identity.identity.preparation,
             num_embeddings=self.identity.facts.num_embeddings,
             planned=self.identity.provenance,
         )
@@ -144,7 +150,7 @@ class Filling:
             self.voice.say(f"{dropped.total()} records are not used ({reasons}); they are listed in {where}")
         if brought := sum(record.num_with_bos for record in records):
             documents = f"{brought:,} of {sum(record.num_documents for record in records):,} documents"
-            gets = "get a second" if self.identity.preparation["format"] == 1 else "get no second"
+            gets = "get a second" if self.identity.identity.preparation.format == 1 else "get no second"
             self.voice.say(f"{documents} begin with a BOS of their own (a chat template writes one) and {gets}")
 
     def _map(self, shards: list[ShardRecord]) -> tuple[plan.Receipts, list[Failure]]:
@@ -159,7 +165,7 @@ class Filling:
             identity.preparation_id,
             identity.measure_ids,
             Machine(numerics=identity.numerics, versions=identity.versions),
-            identity.measure["format"],
+            identity.identity.measure.format,
             identity.provenance,
         )
         asked = self.config.preflight != "off" and bool(left)
@@ -202,7 +208,7 @@ class Filling:
         if len(left) < len(shards):
             self.voice.say(f"{len(shards) - len(left)} of {len(shards)} shards are already done")
         num_features = {site: loaded.sae.num_features for site, loaded in self.identity.saes.items()}
-        sizes = sample_sizes(self.config.sampling, self.identity.measure["format"])
+        sizes = sample_sizes(self.config.sampling, self.identity.identity.measure.format)
         cost = plan.estimate(shards, left, sizes, num_features)
         if cost.partial_bytes > self.blobs.free_bytes():
             self.voice.say(
@@ -244,9 +250,9 @@ class Filling:
         return Run(
             model_id=config.model.id,
             family=identity.facts.family,
-            dtype=str(identity.measure["model"]["dtype"]),
+            dtype=identity.identity.measure.model.dtype,
             is_centred=config.model.center_writing_weights,
-            bos=bool(identity.preparation["bos"]),
+            bos=identity.identity.preparation.bos,
             context_length=config.corpus.context_length,
             sources=tuple(str(one) for one in (given.values() if isinstance(given, dict) else [given])),
             special_ids=frozenset(identity.special_ids),

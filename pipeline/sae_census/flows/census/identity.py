@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from sae_census.config import AnalyzeConfig
 from sae_census.errors import ConfigError
@@ -15,13 +14,15 @@ from sae_census.io.model.hooks import check_point
 from sae_census.io.model.language_model import ModelFacts
 from sae_census.io.store.blobs import LocalBlobs
 from sae_census.io.text.corpus import Found, find_sources
-from sae_census.records import Receipt, canonical, digest_of
+from sae_census.records import Receipt, canonical
 from sae_census.steps.census import claims, plan
 from sae_census.steps.census.logits import check_request
-from sae_census.steps.census.prepare import preparation_fields, read_settings
-from sae_census.steps.model.parts import Provenance, facts_of, tokenizer_of
+from sae_census.steps.census.prepare import preparation_of, read_settings
+from sae_census.steps.model.parts import facts_of, tokenizer_of
+from sae_census.steps.model.provenance import Provenance
 from sae_census.steps.model.reader import load_saes
 from sae_census.steps.store import layout
+from sae_census.steps.store.identities import MIXED, Identity, MeasuredModel, Numerics
 from sae_census.types import SiteKey, twins, wrong_with_name
 
 _CHARS_PER_TOKEN = 3.6
@@ -29,49 +30,44 @@ _CHARS_PER_TOKEN = 3.6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
+class Identified:
     """Everything that decides numbers, known before any work."""
 
     config: AnalyzeConfig
     """The job's, every null key of a mask settled."""
     facts: ModelFacts
     saes: dict[SiteKey, LoadedSae]
-    numerics: dict[str, str | int]
+    numerics: Numerics
     versions: dict[str, str]
     """Of the software here; no part of an identity."""
-    preparation: dict[str, Any]
-    measure: dict[str, Any]
+    identity: Identity
+    """What the catalog's name stands for."""
     special_ids: tuple[int, ...]
     """Of the tokenizer."""
 
     @property
     def preparation_id(self) -> str:
         """Names the folder of shards."""
-        return digest_of(self.preparation)
+        return self.identity.preparation.preparation_id
 
     @property
     def measure_ids(self) -> dict[SiteKey, str]:
         """Name the folders of partials."""
-        by_name = plan.measure_ids(self.measure)
+        by_name = self.identity.measure.ids
         return {site: by_name[str(site)] for site in self.saes}
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """What every snapshot of a catalog shares."""
-        return {"preparation": self.preparation, "measure": self.measure}
 
     @property
     def provenance(self) -> Provenance:
         """What workers have to load."""
-        return Provenance.of_measure(self.measure)
+        return Provenance.of_measures(self.identity.measure)
 
-    def numerics_of(self, receipts: Iterable[Receipt]) -> dict[str, Any]:
+    def numerics_of(self, receipts: Iterable[Receipt]) -> Numerics | dict[str, list[Numerics]]:
         """What the shards of a snapshot were computed with: one answer, or `mixed`: all there are."""
-        if self.measure["numerics"] != plan.MIXED:
-            return dict(self.numerics)
+        if self.identity.measure.numerics != MIXED:
+            return self.numerics
         ran = ({k: v for k, v in receipt.ran["numerics"].items() if k != "torch"} for receipt in receipts)
         found = {canonical(numerics): numerics for numerics in ran}
-        return {plan.MIXED: [found[key] for key in sorted(found)]}
+        return {str(MIXED): [found[key] for key in sorted(found)]}
 
 
 def settled(config: AnalyzeConfig) -> AnalyzeConfig:
@@ -84,7 +80,7 @@ def settled(config: AnalyzeConfig) -> AnalyzeConfig:
     return config.model_copy(update={"masks": claims.resolved(config.masks, claim)})
 
 
-def identify(config: AnalyzeConfig) -> Identity:
+def identify(config: AnalyzeConfig) -> Identified:
     """Read model config, SAEs and tokenizer; check what can be checked without the model's weights.
 
     Identities have the form that the catalog's name was claimed in.
@@ -126,19 +122,19 @@ def identify(config: AnalyzeConfig) -> Identity:
     shard_tokens = config.corpus.shard_tokens or plan.default_shard_tokens(chosen, facts.num_layers, facts.d_model)
     numerics = device.configure(config.cluster.threads_per_worker, chosen)
     dtype = str(choose_dtype(model.dtype, chosen)).removeprefix("torch.")
-    about_model = {"digest": facts.digest, "family": facts.family, "dtype": dtype, "tokenizer": tokenizer.digest}
-    fields = {
-        "preparation": preparation_fields(config.corpus, tokenizer, shard_tokens),
-        "measure": plan.measure_fields(config, about_model, saes, numerics),
-    }
-    return Identity(
+    about = MeasuredModel(digest=facts.digest, family=facts.family, dtype=dtype, tokenizer=tokenizer.digest)
+    today = Identity(
+        preparation=preparation_of(config.corpus, tokenizer, shard_tokens),
+        measure=plan.measures_of(config, about, saes, numerics),
+    )
+    return Identified(
         config=config,
         facts=facts,
         saes=saes,
-        numerics=numerics,
+        numerics=dict(numerics),
         versions=versions(chosen),
         special_ids=tuple(tokenizer.special_ids),
-        **claims.expressed(fields, claim, tokenizer),
+        identity=claims.expressed(today, claim, tokenizer),
     )
 
 

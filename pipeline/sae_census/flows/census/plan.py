@@ -41,7 +41,7 @@ def make_plan(config: AnalyzeConfig) -> Plan:
     """
     identity = identify(config)
     blobs = LocalBlobs(config.store.root)
-    claims.check_claim(blobs, config.catalog.name, identity.fields)
+    claims.check_claim(blobs, config.catalog.name, identity.identity)
     how = read_settings(config.corpus)
     found_sources = find_config_sources(config)
     records, unprepared = [], 0
@@ -62,7 +62,7 @@ def make_plan(config: AnalyzeConfig) -> Plan:
         passed_over=found_sources.passed_over,
         num_prepared=len(records),
         unprepared_tokens=unprepared,
-        cost=plan.estimate(shards, left, sample_sizes(config.sampling, identity.measure["format"]), num_features),
+        cost=plan.estimate(shards, left, sample_sizes(config.sampling, identity.identity.measure.format), num_features),
         tokens_per_second=rate,
         free_bytes=blobs.free_bytes(),
     )

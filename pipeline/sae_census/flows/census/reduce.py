@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -14,17 +13,28 @@ from sae_census.config import AnalyzeConfig
 from sae_census.flows.catalog.reader import Catalog
 from sae_census.io.loading.versions import versions
 from sae_census.io.store.blobs import LocalBlobs
-from sae_census.records import Receipt, ShardRecord, canonical, digest_of
+from sae_census.records import Receipt, ShardRecord, canonical
 from sae_census.steps.census import plan, publish, ranges, tree
 from sae_census.steps.census.partial import RangeTask, Unit
 from sae_census.steps.cluster import run_tasks
 from sae_census.steps.cluster.outcomes import in_order, result_of
-from sae_census.steps.model.parts import Provenance
+from sae_census.steps.model.provenance import Provenance
+from sae_census.steps.store.identities import Identity
+from sae_census.steps.store.manifests import (
+    Coverage,
+    Facts,
+    Job,
+    LogitFacts,
+    Making,
+    Ranking,
+    SliceCoverage,
+    SourceCoverage,
+)
 from sae_census.steps.store.progress import Voice
 from sae_census.types import SiteKey
 
-More = Callable[[publish.Draft, list[RangeTask]], dict[str, Any]]
-"""Adds files to a draft before the reduce; returns facts for the manifest."""
+More = Callable[[publish.Draft, list[RangeTask]], LogitFacts | None]
+"""Adds the files of logits to a draft before the reduce and says what they mean, or adds none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,23 +43,22 @@ class Chosen:
 
     config: AnalyzeConfig
     """Says how to reduce, and where the result goes."""
-    identity: Mapping[str, Any]
-    """The fields of preparation and measure that the catalog stands for."""
+    identity: Identity
+    """What the catalog stands for."""
     of: str = ""
     """The catalog that they come from, as a message names it; empty: the run that is under way made them."""
     decoder_norms: Mapping[SiteKey, np.ndarray]
     """Of every SAE, in their order."""
     receipts: plan.Receipts
     """Of the same shards for every SAE."""
-    sources: Sequence[Mapping[str, Any]]
-    """What the manifest says of every source: its id, slice, names, shards, records dropped, tokens truncated, and
-    documents with a BOS of their own."""
+    sources: Sequence[SourceCoverage]
+    """What the manifest says of every source."""
     missing: Sequence[str] = ()
     """Shards that should be in it and could not be analysed."""
     weights: Mapping[str, int]
     """By slice, where they differ."""
-    volatile: Mapping[str, Any]
-    """For the manifest, beside the content."""
+    job: Job
+    """What it says of itself in the manifest."""
     unproven: Mapping[str, int] = field(default_factory=dict)
     """How many records without a seal it was made from, by kind; beside receipts."""
 
@@ -63,7 +72,7 @@ class Chosen:
         return tuple(tuple(found[key] for key in sorted(found)) for found in (self.receipts[s] for s in self.sites))
 
 
-def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: {}) -> tuple[Catalog, bool]:
+def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: None) -> tuple[Catalog, bool]:
     """Merge the chosen shards and publish them, unless the newest snapshot says the same.
 
     Nodes that stand for chosen shards alone are read in place of their partials; the result is the same to the bit.
@@ -90,18 +99,18 @@ def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: {}) ->
             voice.say(f"warning: node {node.node_id} of {site} is damaged: it is not used; compact the catalog again")
     settings = ranges.ReduceSettings(
         root=config.store.root,
-        preparation_id=digest_of(chosen.identity["preparation"]),
+        preparation_id=chosen.identity.preparation.preparation_id,
         model=config.model,
-        planned=Provenance.of_measure(chosen.identity["measure"], chosen.of),
+        planned=Provenance.of_measures(chosen.identity.measure, chosen.of),
         sampling=config.sampling,
-        partial_format=chosen.identity["measure"]["format"],
+        partial_format=chosen.identity.measure.format,
         sites=chosen.sites,
         units=tuple(units),
         weights=chosen.weights,
     )
     todo = ranges.tasks([len(norms) for norms in chosen.decoder_norms.values()])
     with publish.Draft(blobs, chosen.sites, chosen.decoder_norms) as draft:
-        added = more(draft, todo)
+        logits = more(draft, todo)
         with voice.stage("reduce", len(todo), "features") as stage:
             make = partial(ranges.Reducer, settings)
             outcomes = run_tasks(make, todo, config.cluster, on_event=voice.event, stage="reduce")
@@ -113,15 +122,18 @@ def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: {}) ->
 
             with blobs.writing():
                 draft.write(results(), config.ranking.score, units, chosen.weights)
-        volatile = {**chosen.volatile, **_origin(chosen), "made_at": time.time()}
-        volatile["seconds"] = {**chosen.volatile["seconds"], "reduce": stage.seconds}
-        number, _, is_new = draft.publish(config.catalog.name, _facts(chosen, blobs, units) | added, volatile)
+        facts, making = _facts(chosen, blobs, units, logits), _making(chosen, stage.seconds)
+        number, _, is_new = draft.publish(config.catalog.name, facts, making)
     voice.event("done", {"snapshot": number, "is_new": is_new})
     return Catalog(config.store.root, config.catalog.name, number), is_new
 
 
-def _origin(chosen: Chosen) -> dict[str, Any]:
-    """What software made the shards, set by set, and the rest; how many records were believed without a seal."""
+def _making(chosen: Chosen, seconds: float) -> Making:
+    """The part of the manifest that does not belong to the content.
+
+    Beside what the job says: what software made the shards, set by set, and the rest; how many records were believed
+    without a seal.
+    """
     receipts = [receipt for found in chosen.sorted_receipts() for receipt in found]
     by_versions: dict[bytes, set[str]] = {}
     for receipt in receipts:
@@ -129,50 +141,53 @@ def _origin(chosen: Chosen) -> dict[str, Any]:
     sets = [{**json.loads(key), "shards": len(by_versions[key])} for key in sorted(by_versions)]
     unproven = {"receipts": sum(not receipt.is_proven for receipt in receipts), **chosen.unproven}
     told = {kind: number for kind, number in unproven.items() if number}
-    return {"versions": sets, "made_with": versions()} | ({"unproven": told} if told else {})
+    said = chosen.job.content()
+    said |= {"made_at": time.time(), "seconds": {**chosen.job.seconds, "reduce": seconds}}
+    said |= {"versions": sets, "made_with": versions()}
+    return Making.model_validate(said | ({"unproven": told} if told else {}))
 
 
-def _facts(chosen: Chosen, blobs: LocalBlobs, units: Sequence[Sequence[Unit]]) -> dict[str, Any]:
+def _facts(chosen: Chosen, blobs: LocalBlobs, units: Sequence[Sequence[Unit]], logits: LogitFacts | None) -> Facts:
     """The part of the manifest that belongs to the content."""
     receipts = chosen.sorted_receipts()
     shards = [receipt.shard for receipt in receipts[0]]
     dropped: Counter[str] = Counter()
     for source in chosen.sources:
-        dropped.update(source["records_dropped"])
-    num_with_bos = sum(source.get("documents_with_bos", 0) for source in chosen.sources)
+        dropped.update(source.records_dropped)
+    num_with_bos = sum(source.documents_with_bos for source in chosen.sources)
     fits = {
         str(site): publish.merged_fit(blobs, mine, chosen.weights).unexplained()
         for site, mine in zip(chosen.sites, units, strict=True)
     }
-    facts = {
-        "identity": chosen.identity,
-        "preparation_id": digest_of(chosen.identity["preparation"]),
-        "measures": plan.measure_ids(chosen.identity["measure"]),
-        "ranking": chosen.config.ranking.model_dump(mode="json"),
-        "span_groups": ranges.group_names(chosen.config.sampling),
-        "shards": [shard.model_dump(mode="json") for shard in shards],
-        "coverage": {
-            "complete": not chosen.missing,
-            "missing": list(chosen.missing),
-            "shards": len(shards),
-            "slices": _slices(shards),
-            "tokens": _tokens(chosen.sites, receipts),
-            "records_dropped": dict(sorted(dropped.items())),
-            "tokens_truncated": sum(source["tokens_truncated"] for source in chosen.sources),
-            **({"documents_with_bos": num_with_bos} if num_with_bos else {}),
-            "sources": sorted(chosen.sources, key=lambda source: (source["slice"], source["source_id"])),
-        },
-        "fraction_of_variance_unexplained": {k: None if np.isnan(v) else v for k, v in fits.items()},
-    }
-    return facts | ({"weights": dict(chosen.weights)} if chosen.weights else {})
+    coverage = Coverage(
+        complete=not chosen.missing,
+        missing=tuple(chosen.missing),
+        shards=len(shards),
+        slices=_slices(shards),
+        tokens=_tokens(chosen.sites, receipts),
+        records_dropped=dict(sorted(dropped.items())),
+        tokens_truncated=sum(source.tokens_truncated for source in chosen.sources),
+        sources=tuple(sorted(chosen.sources, key=lambda source: (source.slice, source.source_id))),
+    ).with_any(documents_with_bos=num_with_bos)
+    facts = Facts(
+        identity=chosen.identity,
+        preparation_id=chosen.identity.preparation.preparation_id,
+        measures=chosen.identity.measure.ids,
+        ranking=Ranking(score=chosen.config.ranking.score),
+        span_groups=tuple(ranges.group_names(chosen.config.sampling)),
+        shards=tuple(shards),
+        coverage=coverage,
+        fraction_of_variance_unexplained={k: None if np.isnan(v) else v for k, v in fits.items()},
+    )
+    return facts.with_any(weights=dict(chosen.weights), logits=logits)
 
 
-def _slices(shards: Sequence[ShardRecord]) -> dict[str, dict[str, int]]:
+def _slices(shards: Sequence[ShardRecord]) -> dict[str, SliceCoverage]:
     slices: dict[str, Counter[str]] = {}
     for shard in shards:
         here = slices.setdefault(shard.slice, Counter())
         here.update(shards=1, contexts=shard.num_contexts, tokens=shard.num_tokens)
-    return {name: dict(counts) for name, counts in sorted(slices.items())}
+    return {name: SliceCoverage(**counts) for name, counts in sorted(slices.items())}
 
 
 def _tokens(sites: Sequence[SiteKey], receipts: Sequence[Sequence[Receipt]]) -> dict[str, dict[str, int]]:

@@ -197,13 +197,13 @@ def _site_drift(old: Catalog, new: Catalog, site: SiteKey) -> dict[str, float | 
     a, b = ({c: np.asarray(t.of_sae(str(site.hook_point), site.sae)[c]) for c in columns} for t in (old, new))
     alive = ~a["dead"] & ~b["dead"]
     shift = np.abs(np.log2(b["frequency"][alive] / a["frequency"][alive]))
-    fits = [catalog.manifest["fraction_of_variance_unexplained"].get(str(site)) for catalog in (old, new)]
+    fit_a, fit_b = (one.manifest.fraction_of_variance_unexplained.get(str(site)) for one in (old, new))
     return {
         "rank_correlation": rank_correlation(a["score"], b["score"]),
         "overlap_100": overlap(a["score"], b["score"], [min(_BEST, len(a["score"]))])[min(_BEST, len(a["score"]))],
         "dead_share_change": float(b["dead"].mean() - a["dead"].mean()),
         "frequency_shift": float(np.median(shift)) if len(shift) else None,
-        "fvu_change": None if None in fits else fits[1] - fits[0],
+        "fvu_change": None if fit_a is None or fit_b is None else fit_b - fit_a,
     }
 
 

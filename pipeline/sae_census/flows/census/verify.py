@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 from sae_census.config import AnalyzeConfig, SaeConfig, VerifyConfig
 from sae_census.errors import CensusError, ConfigError, CorruptError, IdentityError
@@ -16,11 +15,13 @@ from sae_census.records import unsealed
 from sae_census.steps.census import claims, plan, publish, tree
 from sae_census.steps.census.prepare import stored_shard_id
 from sae_census.steps.census.shard import Analyzer, Machine
-from sae_census.steps.model.parts import Provenance
+from sae_census.steps.model.provenance import Provenance
 from sae_census.steps.model.reader import load_saes
 from sae_census.steps.store import entries, layout, seals
+from sae_census.steps.store.identities import MIXED, Measure, MeasuredSae, MeasureRecord, Numerics
 from sae_census.steps.store.ledger import Ledger
-from sae_census.steps.store.manifests import open_manifest, unlisted
+from sae_census.steps.store.manifests import open_manifest
+from sae_census.steps.store.snapshot_files import unlisted
 from sae_census.types import SiteKey
 
 _ANEW = "sae-census analyze writes it anew"
@@ -162,14 +163,14 @@ def _snapshots(blobs: LocalBlobs) -> Iterator[str]:
     for catalog, number in ((one, number) for one in catalogs for number in publish.snapshots(blobs, one)):
         folder = publish.folder_of(blobs, catalog, number)
         try:
-            files = open_manifest(folder)[0]["files"]
+            files = open_manifest(folder).files
         except CensusError:  # which was told with the other records
             continue
         name = folder.relative_to(blobs.root).as_posix()
         mends = "sae-census analyze puts it back if this is still what it would publish; else remove the folder"
         for file, facts in files.items():
             with (folder / file).open("rb") if (folder / file).is_file() else nullcontext() as body:
-                sound = body is not None and hashlib.file_digest(body, "sha256").hexdigest() == facts["sha256"]
+                sound = body is not None and hashlib.file_digest(body, "sha256").hexdigest() == facts.sha256
             yield "" if sound else f"{name}/{file} is damaged: {mends}"
         for file in unlisted(folder, files):
             yield f"{name}/{file} was not published with its snapshot: remove it"
@@ -204,18 +205,23 @@ def _recompute(blobs: LocalBlobs, config: VerifyConfig, mixed: list[str]) -> Ite
         receipts = plan.all_receipts(blobs, measure_id)
         receipts.sort(key=lambda r: hashlib.sha256(f"{config.seed}{r.shard.shard_id}".encode()).digest())
         try:
-            made, _ = unsealed(manifest.read_bytes(), str(manifest))
-            how = AnalyzeConfig.model_validate(made["config"] | {"store": config.store.model_dump()})
-            fields, of = made["fields"], f"measure {measure_id[:12]}"
-            site, one = _site_of(fields["sae"], how)
-            planned = Provenance.of_measure(fields | {"saes": {str(site): fields["sae"]["digest"]}}, of)
-            alone = how.model_copy(update={"saes": (one,), "masks": claims.masks_of(fields)})
-            machine, ids = _machine(fields), {site: measure_id}
-            analyzer = Analyzer(alone, made["preparation_id"], ids, machine, fields["format"], planned)
+            made = MeasureRecord.read(manifest.read_bytes(), str(manifest))
+            how = AnalyzeConfig.model_validate(made.config | {"store": config.store.model_dump()})
+            measure = made.fields
+            site, one = _site_of(measure.sae, how)
+            planned = Provenance(
+                model=measure.model.digest,
+                tokenizer=measure.model.tokenizer,
+                saes={str(site): measure.sae.digest},
+                of=f"measure {measure_id[:12]}",
+            )
+            alone = how.model_copy(update={"saes": (one,), "masks": claims.masks_of(measure)})
+            machine, ids = _machine(measure), {site: measure_id}
+            analyzer = Analyzer(alone, made.preparation_id, ids, machine, measure.format, planned)
         except (CensusError, ValueError, LookupError, TypeError) as error:
             yield f"measures/{measure_id} cannot be recomputed here: {_first_line(error)}"
             continue
-        if fields["numerics"] == plan.MIXED:
+        if measure.numerics == MIXED:
             mine = [receipt for receipt in receipts if _numerics(receipt.ran["numerics"]) == analyzer.machine.numerics]
             mixed.append(
                 f"measures/{measure_id} is mixed: {len(receipts) - len(mine)} of its {len(receipts)} shards come from "
@@ -233,28 +239,28 @@ def _recompute(blobs: LocalBlobs, config: VerifyConfig, mixed: list[str]) -> Ite
             )
 
 
-def _machine(measure: dict[str, Any]) -> Machine:
+def _machine(measure: Measure) -> Machine:
     """The machine that a measure asks for; versions are told, and refuse nothing here."""
-    asked = {} if measure["numerics"] == plan.MIXED else _numerics(measure["numerics"])
+    asked = {} if measure.numerics == MIXED else _numerics(measure.numerics)
     return Machine(numerics=asked, versions={})
 
 
-def _numerics(told: dict[str, Any]) -> dict[str, Any]:
+def _numerics(told: Numerics) -> Numerics:
     """Measures of format 3, and their receipts, held the version of torch among numerics."""
     return {name: value for name, value in told.items() if name != "torch"}
 
 
-def _site_of(sae: dict[str, str], how: AnalyzeConfig) -> tuple[SiteKey, SaeConfig]:
+def _site_of(sae: MeasuredSae, how: AnalyzeConfig) -> tuple[SiteKey, SaeConfig]:
     """What a config calls the SAE of a measure, and the part of the config that names it.
 
     Raises:
-        ConfigError: if the SAE is no longer where the config names it.
+        IdentityError: if the SAE is no longer where the config names it.
     """
     for one in how.saes:
         ((site, loaded),) = load_saes([one]).items()
-        if {"hook_point": str(site.hook_point), "digest": loaded.digest} == sae:
+        if (str(site.hook_point), loaded.digest) == (sae.hook_point, sae.digest):
             return site, one
-    raise ConfigError(f"its SAE at {sae['hook_point']} is no longer where its config names it")
+    raise IdentityError(f"its SAE at {sae.hook_point} is no longer where its config names it")
 
 
 def _first_line(error: Exception) -> str:

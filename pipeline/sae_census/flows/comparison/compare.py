@@ -124,7 +124,7 @@ def _labels(config: CompareConfig, a: Side, b: Side) -> tuple[str, str]:
 
 
 def _is_paired(a: Side, b: Side) -> bool:
-    return all(side.identity["measure"]["codes"] == "keep" for side in (a, b))
+    return all(side.identity.measure.codes == "keep" for side in (a, b))
 
 
 def _pairing(a: Side, b: Side, site: SiteKey, sums: SiteSums) -> Pairing:
@@ -133,10 +133,10 @@ def _pairing(a: Side, b: Side, site: SiteKey, sums: SiteSums) -> Pairing:
     counts, codes = pairs.products(
         a.measured(site),
         b.measured(site),
-        preparation_id=a.catalog.manifest["preparation_id"],
+        preparation_id=a.catalog.manifest.preparation_id,
         shard_ids=a.shard_ids,
         num_features=len(sums.counts.value),
-        num_positions=a.identity["measure"]["context_length"],
+        num_positions=a.identity.measure.context_length,
     )
     return Pairing(counts=counts, codes=codes)
 
@@ -158,8 +158,8 @@ def _about(side: Side, of: Mapping[SiteKey, Tokens]) -> dict[str, Any]:
         "catalog": side.name,
         "snapshot": side.catalog.number,
         "digest": side.catalog.digest,
-        "dtype": side.identity["measure"]["model"]["dtype"],
-        "complete": side.catalog.manifest["coverage"]["complete"],
+        "dtype": side.identity.measure.model.dtype,
+        "complete": side.catalog.manifest.coverage.complete,
         "slices": side.slices,
         "shards": len(side.shard_ids),
         "documents": {point: each.documents for point, each in tokens.items()},
@@ -196,14 +196,14 @@ def _drift(a: Side, b: Side, site: SiteKey, sums: tuple[SiteSums, SiteSums], col
     of_a, of_b = sums
     rankings = {"frequency": (of_a.counts.rate, of_b.counts.rate), "mean": (of_a.codes.rate, of_b.codes.rate)}
     is_whole = a.is_whole and b.is_whole
-    score = a.catalog.manifest["ranking"]["score"]
-    if is_whole and score == b.catalog.manifest["ranking"]["score"]:
+    score = a.catalog.manifest.ranking.score
+    if is_whole and score == b.catalog.manifest.ranking.score:
         rankings[score] = a.scores(site), b.scores(site)
     fires_a, fires_b = of_a.counts.value > 0, of_b.counts.value > 0
     moved = columns["histogram_distance"][~np.isnan(columns["histogram_distance"])]
     return {
         "fraction_of_variance_unexplained": {
-            name: side.catalog.manifest["fraction_of_variance_unexplained"][str(site)] if is_whole else None
+            name: side.catalog.manifest.fraction_of_variance_unexplained[str(site)] if is_whole else None
             for name, side in (("a", a), ("b", b))
         },
         "codes_a_token": {"a": float(of_a.counts.rate.sum()), "b": float(of_b.counts.rate.sum())},

@@ -22,7 +22,7 @@ from sae_census.flows.catalog.reader import Catalog
 from sae_census.io.store import schemas, tables
 from sae_census.io.store.blobs import LocalBlobs
 from sae_census.records import Receipt, canonical
-from sae_census.steps.census import plan, publish, ranges, tree
+from sae_census.steps.census import publish, ranges, tree
 from sae_census.steps.census.partial import opened
 from sae_census.steps.comparison import contrast
 from sae_census.steps.comparison.contrast import Columns, SiteSums
@@ -72,9 +72,9 @@ def diff(config: SnapshotsConfig) -> Difference:
         CorruptError: if a partial is damaged.
     """
     old, new = _snapshots(config)
-    texts = _texts(*({shard["shard_id"] for shard in one.manifest["shards"]} for one in (old, new)))
+    texts = _texts(*({shard.shard_id for shard in one.manifest.shards} for one in (old, new)))
     blobs = LocalBlobs(config.store.root)
-    ids = plan.measure_ids(new.manifest["identity"]["measure"])
+    ids = new.measure.ids
     sites: dict[SiteKey, Columns] = {}
     for name in new.saes:
         site = SiteKey.parse(name)
@@ -177,14 +177,14 @@ def _changes(columns: Columns, rate: float) -> np.ndarray:
 
 
 def _about(catalog: Catalog) -> dict[str, Any]:
-    coverage = catalog.manifest["coverage"]
+    coverage = catalog.manifest.coverage
     return {
         "snapshot": catalog.number,
         "digest": catalog.digest,
-        "complete": coverage["complete"],
-        "shards": coverage["shards"],
-        "tokens": {name: facts["tokens"] for name, facts in coverage["slices"].items()},
-        "weights": catalog.manifest.get("weights", {}),
+        "complete": coverage.complete,
+        "shards": coverage.shards,
+        "tokens": {name: facts.tokens for name, facts in coverage.slices.items()},
+        "weights": catalog.manifest.weights,
     }
 
 
@@ -202,12 +202,11 @@ def _verdict(config: SnapshotsConfig, old: Catalog, new: Catalog, site: SiteKey,
         "changes": {word: int((columns["change"] == word).sum()) for word in CHANGES},
         "tested": int((~np.isnan(tested)).sum()),
         **best,
-        "ranking": old.manifest["ranking"]["score"],
+        "ranking": old.manifest.ranking.score,
         "rank_correlation": drift.rank_correlation(*scores),
         "overlap": drift.overlap(*scores, _OVERLAPS),
         "fraction_of_variance_unexplained": {
-            when: one.manifest["fraction_of_variance_unexplained"][str(site)]
-            for when, one in (("old", old), ("new", new))
+            when: one.manifest.fraction_of_variance_unexplained[str(site)] for when, one in (("old", old), ("new", new))
         },
     }
 

@@ -14,7 +14,7 @@ from sae_census.config import SideConfig
 from sae_census.errors import ConfigError, IdentityError
 from sae_census.flows.catalog.reader import Catalog
 from sae_census.io.store.blobs import LocalBlobs
-from sae_census.steps.census import claims, plan
+from sae_census.steps.census import claims
 from sae_census.steps.comparison.contrast import SiteSums, site_sums
 from sae_census.steps.comparison.pairs import Measured
 from sae_census.types import SiteKey
@@ -41,19 +41,18 @@ class Side:
         """
         self.catalog = Catalog(config.root, config.name, config.snapshot)
         self.name = config.name
-        self._all = sorted(self.catalog.manifest["coverage"]["slices"])
+        self._all = sorted(self.catalog.manifest.coverage.slices)
         if missing := sorted(set(config.slices) - set(self._all)):
             raise ConfigError(
                 f"catalog {config.name!r} has no slice {', '.join(map(repr, missing))}; it has {', '.join(self._all)}"
             )
         self.slices = sorted(set(config.slices or self._all))
-        if len(self.slices) > 1 and "weights" in self.catalog.manifest:
+        if len(self.slices) > 1 and self.catalog.manifest.weights:
             raise ConfigError(
                 f"catalog {config.name!r} weighs its slices, and tests count documents as they are; name one slice, or "
                 "compare the catalog that it was built from"
             )
-        self.identity: dict[str, Any] = self.catalog.manifest["identity"]
-        plan.check_readable(config.name, self.identity["measure"])
+        self.identity = self.catalog.manifest.identity
         self._blobs = LocalBlobs(config.root)
 
     @property
@@ -64,16 +63,16 @@ class Side:
     @property
     def saes(self) -> dict[str, str]:
         """Digests of the SAEs by site."""
-        return dict(self.identity["measure"]["saes"])
+        return self.catalog.measure.saes
 
     def measured(self, site: SiteKey) -> Measured:
         """Where the partials of one SAE lie."""
-        return Measured(blobs=self._blobs, measure_id=plan.measure_ids(self.identity["measure"])[str(site)])
+        return Measured(blobs=self._blobs, measure_id=self.catalog.measure.of(str(site)).measure_id)
 
     @property
     def shard_ids(self) -> list[str]:
         """Its shards, sorted."""
-        return sorted(s["shard_id"] for s in self.catalog.manifest["shards"] if s["slice"] in self.slices)
+        return sorted(s.shard_id for s in self.catalog.manifest.shards if s.slice in self.slices)
 
     def sums(self, site: SiteKey) -> SiteSums:
         """Sums over its documents, all features of one SAE.

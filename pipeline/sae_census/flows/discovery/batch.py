@@ -27,7 +27,7 @@ from sae_census.records import digest_of
 from sae_census.steps.cluster import run_tasks
 from sae_census.steps.discovery import lines
 from sae_census.steps.discovery.background import snapshot_folder
-from sae_census.steps.model.parts import Provenance
+from sae_census.steps.model.provenance import Provenance
 from sae_census.steps.store.progress import Voice
 
 CHUNK_LINES = 128

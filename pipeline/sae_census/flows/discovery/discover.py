@@ -10,7 +10,8 @@ from sae_census.io.store.memo import ArrayCache
 from sae_census.steps.discovery.background import load_backgrounds, read_labels
 from sae_census.steps.discovery.discoverer import Discoverer
 from sae_census.steps.discovery.requests import Loaded
-from sae_census.steps.model.parts import Provenance, facts_of, tokenizer_of
+from sae_census.steps.model.parts import facts_of, tokenizer_of
+from sae_census.steps.model.provenance import Provenance
 from sae_census.steps.model.reader import Reader, load_saes
 from sae_census.types import SiteKey
 

@@ -24,7 +24,7 @@ from sae_census.io.store.blobs import LocalBlobs
 from sae_census.io.tokens.tokenizer import Tokenizer
 from sae_census.steps.cluster import run_tasks
 from sae_census.steps.effects.ablation import Ablation, AblationTask, Ablator, SpanAddress
-from sae_census.steps.model.parts import Provenance, tokenizer_of
+from sae_census.steps.model.parts import tokenizer_of
 from sae_census.steps.store import layout
 from sae_census.types import HookPoint, SiteKey
 
@@ -73,8 +73,8 @@ def ablate(config: AblateConfig, say: Callable[[str], None] = lambda text: None)
     make = partial(
         Ablator,
         how,
-        catalog.manifest["preparation_id"],
-        Provenance.of_measure(catalog.manifest["identity"]["measure"], f"catalog {config.catalog.name!r}"),
+        catalog.manifest.preparation_id,
+        catalog.provenance,
         num_rows=config.contexts,
         num_tokens=config.num_tokens,
         seed=config.seed,
@@ -108,8 +108,8 @@ def ablate(config: AblateConfig, say: Callable[[str], None] = lambda text: None)
 def _settings(config: AblateConfig, catalog: Catalog) -> AnalyzeConfig:
     """The catalog's own settings, with today's store and cluster."""
     now = {"store": config.store.model_dump(), "cluster": config.cluster.model_dump()}
-    how = AnalyzeConfig.model_validate(catalog.manifest["config"] | now)
-    dtype = catalog.manifest["identity"]["measure"]["model"]["dtype"] if config.dtype == "auto" else config.dtype
+    how = AnalyzeConfig.model_validate(catalog.manifest.config | now)
+    dtype = catalog.measure.model.dtype if config.dtype == "auto" else config.dtype
     return how.model_copy(update={"model": how.model.model_copy(update={"dtype": dtype})})
 
 
@@ -117,7 +117,7 @@ def _tasks(
     config: AblateConfig, catalog: Catalog, how: AnalyzeConfig
 ) -> tuple[list[AblationTask], dict[AblationTask, list[float]], list[str]]:
     """The work, sorted by key; for each task the catalog's codes at the peaks; and what has no spans."""
-    groups = catalog.manifest["span_groups"]
+    groups = catalog.manifest.span_groups
     if config.group not in groups or config.group == "non_activating":
         raise ConfigError(
             f"group is {config.group}; expected one of {', '.join(g for g in groups if g != 'non_activating')}"

@@ -167,11 +167,10 @@ def _check_alive(
 ) -> MasksConfig:
     """Refuse features that never fired on the catalog's corpus, since nothing is known of what they do; its masks."""
     catalog = Catalog(config.store.root, config.catalog.name or "", config.catalog.snapshot)
-    known = catalog.manifest["identity"]["measure"]["saes"]
+    edited = {sites[name]: reader.loaded[sites[name]] for name in edits}
+    catalog.provenance.only(edited).prove_saes(edited)
     for name, several in edits.items():
         site = sites[name]
-        if known.get(str(site)) != reader.loaded[site].digest:
-            raise ConfigError(f"catalog {config.catalog.name} was not made with this {site}; it has {', '.join(known)}")
         for one in several:
             row = catalog.feature(name, site.sae, one.feature)
             if row["dead"] and not config.allow_dead:
@@ -179,7 +178,7 @@ def _check_alive(
                     f"feature {one.feature} of {site} is dead: it never fired on the {row['tokens_counted']:,} tokens "
                     f"of catalog {config.catalog.name}; set allow_dead=true to steer it all the same"
                 )
-    return MasksConfig.model_validate(catalog.manifest["identity"]["measure"]["masks"])
+    return catalog.measure.masks
 
 
 def _positions(config: SteerConfig, masks: MasksConfig, tokenizer: Tokenizer, num_prompt: int) -> Positions:

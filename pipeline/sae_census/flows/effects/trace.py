@@ -7,7 +7,7 @@ on Ray if asked to, and attaches the result to the catalog.
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sae_census.compute.effects.linear import Split
-from sae_census.config import AnalyzeConfig, TraceConfig
+from sae_census.config import TraceConfig
 from sae_census.errors import CensusError, ConfigError
 from sae_census.flows.catalog.choice import chosen_features
 from sae_census.flows.catalog.reader import Catalog
@@ -30,7 +30,6 @@ from sae_census.io.store.blobs import LocalBlobs
 from sae_census.records import sealed
 from sae_census.steps.cluster import connected, run_tasks
 from sae_census.steps.effects.tracing import Probe, SpanProbe, Tracer, TraceSettings, split
-from sae_census.steps.model.parts import Provenance
 from sae_census.steps.model.reader import load_saes
 from sae_census.steps.store import layout
 from sae_census.steps.store.progress import Voice, new_run
@@ -135,7 +134,7 @@ def trace(config: TraceConfig, say: Callable[[str], None] | None = None) -> Trac
         without_spans=without,
         failures=failures,
         dtype=config.dtype,
-        catalog_dtype=catalog.manifest["identity"]["measure"]["model"]["dtype"],
+        catalog_dtype=catalog.measure.model.dtype,
         seconds=time.monotonic() - began,
     )
 
@@ -171,7 +170,7 @@ def _traced(
 
 def _spans(config: TraceConfig, catalog: Catalog) -> tuple[list[SpanProbe], int]:
     """The spans to trace, by SAE and rank of the feature; and how many chosen features have none."""
-    groups = catalog.manifest["span_groups"]
+    groups = catalog.manifest.span_groups
     if config.group not in groups:
         raise ConfigError(f"group is {config.group!r}; catalog {config.catalog.name!r} has {', '.join(groups)}")
     spans: list[SpanProbe] = []
@@ -189,18 +188,17 @@ def _spans(config: TraceConfig, catalog: Catalog) -> tuple[list[SpanProbe], int]
 
 def _settings(config: TraceConfig, catalog: Catalog, sites: set[SiteKey]) -> TraceSettings:
     """Model and SAEs of the catalog; the workers prove that they are those that made it."""
-    made = AnalyzeConfig.model_validate(catalog.manifest["config"])
+    made = catalog.config
     model = made.model.model_copy(update={"dtype": config.dtype, "device": config.device})
     saes = [one for one in made.saes if sites & load_saes([one]).keys()]
-    planned = Provenance.of_measure(catalog.manifest["identity"]["measure"], f"catalog {config.catalog.name!r}")
     return TraceSettings(
         root=config.store.root,
-        preparation_id=catalog.manifest["preparation_id"],
+        preparation_id=catalog.manifest.preparation_id,
         model=model,
         saes=tuple(saes),
         threads=config.cluster.threads_per_worker,
         num_pairs=config.pairs,
-        planned=replace(planned, saes={str(site): planned.saes[str(site)] for site in sites}),
+        planned=catalog.provenance.only(sites),
     )
 
 

@@ -14,28 +14,24 @@ A key of the config that is null means for a new name what the key says, and for
 with. A form that is newer than today's is refused.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from sae_census.config import MasksConfig
 from sae_census.errors import CorruptError, IdentityError
 from sae_census.io.store.blobs import LocalBlobs
 from sae_census.io.tokens.tokenizer import Tokenizer
-from sae_census.records import canonical, sealed, unsealed
-from sae_census.steps.census import plan, prepare, publish
+from sae_census.records import unsealed
+from sae_census.steps.census import publish
 from sae_census.steps.store import layout
-
-Fields = dict[str, Any]
-"""`preparation` and `measure`: all that decides a catalog's numbers but the text."""
+from sae_census.steps.store.identities import Identity, Measure, Measures, check_formats
 
 _OF_FILES = {"preparation": 1, "measure": 3}
 """The last formats in which a tokenizer was named by its files, and torch stood among the numerics."""
-_TODAY = {"preparation": prepare.FORMAT, "measure": plan.FORMAT}
 _ABSENT = {("masks", "attention_sinks"): False}
 """What it meant that a field of a measure was not there yet."""
 
 
-def claimed(blobs: LocalBlobs, name: str) -> Fields | None:
+def claimed(blobs: LocalBlobs, name: str) -> Identity | None:
     """What a name stands for; None if it is free.
 
     A damaged record is read off the newest sound snapshot. Where there never was a snapshot, nothing rests on the name.
@@ -48,30 +44,22 @@ def claimed(blobs: LocalBlobs, name: str) -> Fields | None:
     if not blobs.exists(key):
         return None
     try:
-        found, _ = unsealed(blobs.get(key), str(blobs.path(key)))
-        if not all(isinstance(found.get(part), dict) for part in _TODAY):
-            raise CorruptError(f"{blobs.path(key)} is damaged: it holds no identity")
+        body, path = blobs.get(key), str(blobs.path(key))
+        check_formats(unsealed(body, path)[0], f"catalog {name!r}")
+        return Identity.read(body, path)
     except CorruptError as error:
         numbers = publish.snapshots(blobs, name)
         for number in reversed(numbers):
             try:
-                return dict(publish.read_manifest(blobs, name, number)["identity"])
+                return publish.read_manifest(blobs, name, number).identity
             except CorruptError:
                 continue
         if numbers:
             raise CorruptError(f"{error}, and so are its snapshots; remove {name!r} and analyse again") from error
         return None
-    for part, today in _TODAY.items():
-        made = found[part].get("format")
-        if isinstance(made, int) and made > today:
-            raise IdentityError(
-                f"catalog {name!r} was made by a newer SAE Census ({part} format {made}, this one knows {today}); "
-                "use that, or choose another catalog.name"
-            )
-    return found
 
 
-def resolved(masks: MasksConfig, claim: Fields | None) -> MasksConfig:
+def resolved(masks: MasksConfig, claim: Identity | None) -> MasksConfig:
     """The masks with every null key settled.
 
     Args:
@@ -80,31 +68,31 @@ def resolved(masks: MasksConfig, claim: Fields | None) -> MasksConfig:
     """
     if masks.attention_sinks is not None:
         return masks
-    settled = True if claim is None else masks_of(claim["measure"]).attention_sinks
+    settled = True if claim is None else masks_of(claim.measure).attention_sinks
     return masks.model_copy(update={"attention_sinks": settled})
 
 
-def masks_of(measure: Mapping[str, Any]) -> MasksConfig:
+def masks_of(measure: Measure | Measures) -> MasksConfig:
     """The masks of a measure of any format."""
     absent = {key: value for (section, key), value in _ABSENT.items() if section == "masks"}
-    return MasksConfig.model_validate(absent | measure["masks"])
+    return MasksConfig.model_validate(absent | measure.content()["masks"])
 
 
-def expressed(fields: Fields, claim: Fields | None, tokenizer: Tokenizer) -> Fields:
-    """Today's fields in the form of a claim.
+def expressed(identity: Identity, claim: Identity | None, tokenizer: Tokenizer) -> Identity:
+    """Today's identity in the form of a claim.
 
     Args:
-        fields: in today's form.
+        identity: in today's form.
         claim: what the catalog's name stands for.
         tokenizer: of the model.
     """
     if claim is None:
-        return fields
-    preparation, measure = dict(fields["preparation"]), dict(fields["measure"])
-    if claim["preparation"]["format"] == _OF_FILES["preparation"]:
+        return identity
+    preparation, measure = identity.preparation.content(), identity.measure.content()
+    if claim.preparation.format == _OF_FILES["preparation"]:
         preparation |= {"format": _OF_FILES["preparation"], "tokenizer": tokenizer.file_digest}
-    if claim["measure"]["format"] == _OF_FILES["measure"]:
-        then = claim["measure"]
+    if claim.measure.format == _OF_FILES["measure"]:
+        then = claim.measure.content()
         measure |= {"format": then["format"], "model": measure["model"] | {"tokenizer": tokenizer.file_digest}}
         if isinstance(measure["numerics"], dict) and isinstance(then["numerics"], dict):
             measure["numerics"] = measure["numerics"] | {"torch": then["numerics"].get("torch")}
@@ -112,30 +100,30 @@ def expressed(fields: Fields, claim: Fields | None, tokenizer: Tokenizer) -> Fie
         for (section, key), meaning in _ABSENT.items():
             if key not in then[section] and measure[section].get(key) == meaning:
                 measure[section] = {name: value for name, value in measure[section].items() if name != key}
-    return {"preparation": preparation, "measure": measure}
+    return Identity.model_validate({"preparation": preparation, "measure": measure})
 
 
-def claim(blobs: LocalBlobs, name: str, fields: Fields) -> None:
-    """Make a catalog's name stand for these fields, or prove that it already does; its record is sound then.
+def claim(blobs: LocalBlobs, name: str, identity: Identity) -> None:
+    """Make a catalog's name stand for an identity, or prove that it already does; its record is sound then.
 
     Raises:
         IdentityError: naming every field that differs.
     """
-    key, body = layout.identity(name), sealed(fields)
+    key, body = layout.identity(name), identity.to_bytes()
     if not blobs.put_if_absent(key, body):
-        check_claim(blobs, name, fields)
+        check_claim(blobs, name, identity)
         if blobs.get(key) != body:  # damaged, or without a seal
             blobs.put(key, body)
 
 
-def check_claim(blobs: LocalBlobs, name: str, fields: Fields) -> None:
-    """Prove that a catalog's name is free, or stands for these fields.
+def check_claim(blobs: LocalBlobs, name: str, identity: Identity) -> None:
+    """Prove that a catalog's name is free, or stands for this identity.
 
     Raises:
         IdentityError: naming every field that differs.
     """
     there = claimed(blobs, name)
-    if there is not None and (found := differences(there, unsealed(canonical(fields), name)[0])):
+    if there is not None and (found := differences(there, identity)):
         what = "; ".join(f"{k} was {there!r}, now {here!r}" for k, (there, here) in found.items())
         raise IdentityError(
             f"catalog {name!r} in {blobs.root} was made under other settings: {what}; go back to those, or choose "
@@ -143,9 +131,9 @@ def check_claim(blobs: LocalBlobs, name: str, fields: Fields) -> None:
         )
 
 
-def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(a: Identity, b: Identity) -> dict[str, tuple[Any, Any]]:
     """The fields that differ between two identities, by their dotted names; None where a side lacks one."""
-    one, other = _flat(dict(a)), _flat(dict(b))
+    one, other = _flat(a.content()), _flat(b.content())
     return {k: (one.get(k), other.get(k)) for k in sorted(one.keys() | other.keys()) if one.get(k) != other.get(k)}
 
 

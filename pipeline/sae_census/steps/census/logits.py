@@ -20,8 +20,10 @@ from sae_census.io.store import schemas, tables
 from sae_census.io.tokens.tokenizer import Tokenizer
 from sae_census.steps.census import ranges
 from sae_census.steps.census.partial import RangeTask
-from sae_census.steps.model.parts import Provenance, model_of
+from sae_census.steps.model.parts import model_of
+from sae_census.steps.model.provenance import Provenance
 from sae_census.steps.model.reader import load_saes
+from sae_census.steps.store.manifests import LogitFacts
 from sae_census.types import HookPoint, SiteKey
 
 LOGITS, MOMENTS = "logits.parquet", "logit_moments.parquet"
@@ -190,9 +192,7 @@ class LogitWorker:
         device.configure(settings.threads, chosen)
         self._saes = list(load_saes(settings.saes).items())
         loaded = model_of(model, chosen)
-        settings.planned.prove_model(model.id, loaded.facts.digest)
-        settings.planned.prove_tokenizer(model.id, loaded.tokenizer)
-        settings.planned.prove_saes({str(site): one.digest for site, one in self._saes})
+        settings.planned.prove(model.id, loaded.facts.digest, loaded.tokenizer, dict(self._saes))
         self._unembedder = Unembedder(loaded)
 
     def run(self, task: RangeTask) -> LogitResult:
@@ -245,8 +245,8 @@ def _moment_rows(site: SiteKey, task: RangeTask, effects: LogitEffects) -> table
     )
 
 
-def write_tables(folder: Path, results: Iterator[LogitResult], asked: LogitsConfig) -> dict[str, Any]:
-    """Write the files of an attribution and say what they mean, for the manifest.
+def write_tables(folder: Path, results: Iterator[LogitResult], asked: LogitsConfig) -> LogitFacts:
+    """Write the files of an attribution and say what they mean.
 
     Args:
         folder: gets the files.
@@ -264,12 +264,13 @@ def write_tables(folder: Path, results: Iterator[LogitResult], asked: LogitsConf
 
     tables.write(folder / LOGITS, schemas.LOGITS, rows())
     tables.write(folder / MOMENTS, schemas.LOGIT_MOMENTS, moments)
-    return {
-        **asked.model_dump(mode="json"),
-        "definition": DEFINITIONS[asked.mode],
-        "num_tokens": last[0].num_tokens,
-        "num_padding": last[0].num_padding,
-    }
+    return LogitFacts(
+        top_k=asked.top_k,
+        mode=asked.mode,
+        definition=DEFINITIONS[asked.mode],
+        num_tokens=last[0].num_tokens,
+        num_padding=last[0].num_padding,
+    )
 
 
 def says(folder: Path, site: SiteKey, num_features: int) -> list[list[str]] | None:

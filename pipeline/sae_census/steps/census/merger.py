@@ -8,7 +8,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -40,7 +39,7 @@ class NodeTask:
 class Merger:
     """Makes nodes one by one; holds one range of samples beside the arrays of the node, however many its shards."""
 
-    def __init__(self, root: str, sampling: Mapping[str, Any]):
+    def __init__(self, root: str, sampling: Mapping[str, int]):
         """Open the store.
 
         Args:
@@ -50,7 +49,7 @@ class Merger:
         self._blobs = LocalBlobs(root)
         known = SampleSizes.__dataclass_fields__.keys() & sampling.keys()  # older measures lack the newest
         self._sizes = SampleSizes(**{name: sampling[name] for name in known})
-        self._seed: int = sampling["seed"]
+        self._seed = sampling["seed"]
 
     def run(self, task: NodeTask) -> Node:
         """Merge and commit: the bytes first, then the record.

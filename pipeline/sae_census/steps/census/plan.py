@@ -7,29 +7,23 @@ model, one SAE, the settings. A catalog is one preparation and the measures of i
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
 from sae_census.compute.numbers.samples import SampleSizes
 from sae_census.compute.numbers.stats import NUM_BINS
 from sae_census.config import AnalyzeConfig
-from sae_census.errors import CorruptError, IdentityError
+from sae_census.errors import CorruptError
 from sae_census.io.checkpoints import LoadedSae
 from sae_census.io.store.blobs import LocalBlobs
-from sae_census.records import Receipt, ShardRecord, digest_of
+from sae_census.records import Receipt, ShardRecord
 from sae_census.steps.census import tree
 from sae_census.steps.census.sampling import sample_sizes
 from sae_census.steps.census.shard import ShardTask
 from sae_census.steps.store import entries, layout
+from sae_census.steps.store.identities import MEASURE_FORMAT, MIXED, MeasuredModel, Measures
 from sae_census.types import SiteKey
 
-FORMAT = 4
-"""Raise it when the arrays of a partial change, or what a measure says."""
-_READABLE = (3, FORMAT)
-"""Formats of partials that can be read beside each other; `claims` says what is different about the older ones."""
-MIXED = "mixed"
-"""The numerics of a measure whose shards may come from machines that compute other bits."""
 _SAMPLE_BYTES = 22
 """Stored bytes of a kept sample with the codes of its context, measured on the embedded SAEs."""
 
@@ -45,66 +39,30 @@ def default_shard_tokens(device: torch.device, num_layers: int, d_model: int) ->
     return 1 << 17 if parameters < 5e8 else 1 << 14
 
 
-def measure_fields(
-    config: AnalyzeConfig, model: Mapping[str, Any], saes: Mapping[SiteKey, LoadedSae], numerics: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Everything but the text that decides the bytes of partials, for all SAEs of a run.
+def measures_of(
+    config: AnalyzeConfig, model: MeasuredModel, saes: Mapping[SiteKey, LoadedSae], numerics: Mapping[str, str | int]
+) -> Measures:
+    """The measures of all SAEs of a run.
 
     Args:
         config: of the job, its masks settled.
-        model: identity of the weights: digest, family, dtype.
+        model: the one that is loaded.
         saes: by site.
         numerics: as from `io.device.configure`; versions of software are no part of a measure.
     """
-    return {
-        "format": FORMAT,
-        "model": dict(model),
-        "saes": {str(key): loaded.digest for key, loaded in saes.items()},
-        "context_length": config.corpus.context_length,
-        "masks": config.masks.model_dump(mode="json"),
-        "sampling": asdict(sample_sizes(config.sampling, FORMAT)) | {"seed": config.sampling.seed},
-        "batch_contexts": config.batch.contexts,
-        "codes": config.codes,
-        "numerics": MIXED if config.cluster.mixed_numerics else dict(numerics),
-    }
-
-
-def check_readable(name: str, measure: Mapping[str, Any]) -> None:
-    """Prove that the partials of a catalog can be read.
-
-    Raises:
-        IdentityError: if they are of a format that is too old, or newer than this program.
-    """
-    if measure["format"] not in _READABLE:
-        raise IdentityError(
-            f"catalog {name!r} was made from partials of format {measure['format']}, expected "
-            f"{' or '.join(map(str, _READABLE))}; "
-            + (
-                "use the newer SAE Census that made it"
-                if measure["format"] > FORMAT
-                else "run sae-census analyze again under another catalog.name"
-            )
-        )
-
-
-def measures(fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The measure of every SAE, by site; the hash of each is its id.
-
-    A measure knows of no other SAE and of no name, so whoever looks at the same SAE in the same way shares partials.
-
-    Args:
-        fields: as from `measure_fields`.
-    """
-    shared = {name: value for name, value in fields.items() if name != "saes"}
-    return {
-        site: shared | {"sae": {"hook_point": str(SiteKey.parse(site).hook_point), "digest": digest}}
-        for site, digest in fields["saes"].items()
-    }
-
-
-def measure_ids(fields: Mapping[str, Any]) -> dict[str, str]:
-    """The id of every SAE's measure, by site."""
-    return {site: digest_of(measure) for site, measure in measures(fields).items()}
+    return Measures.model_validate(
+        {
+            "format": MEASURE_FORMAT,
+            "model": model,
+            "saes": {str(key): loaded.digest for key, loaded in saes.items()},
+            "context_length": config.corpus.context_length,
+            "masks": config.masks.model_dump(mode="json"),
+            "sampling": asdict(sample_sizes(config.sampling, MEASURE_FORMAT)) | {"seed": config.sampling.seed},
+            "batch_contexts": config.batch.contexts,
+            "codes": config.codes,
+            "numerics": MIXED if config.cluster.mixed_numerics else dict(numerics),
+        }
+    )
 
 
 def read_receipt(blobs: LocalBlobs, measure_id: str, shard: ShardRecord) -> Receipt | None:

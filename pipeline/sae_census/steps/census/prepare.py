@@ -20,13 +20,13 @@ from sae_census.io.store.blobs import LocalBlobs
 from sae_census.io.text.corpus import BadRecord, Document, Source, read
 from sae_census.io.text.rows import ReadSettings
 from sae_census.io.tokens.tokenizer import Tokenizer
-from sae_census.records import ShardRecord, SourceRecord, digest_of
-from sae_census.steps.model.parts import Provenance, tokenizer_of
+from sae_census.records import ShardRecord, SourceRecord
+from sae_census.steps.model.parts import tokenizer_of
+from sae_census.steps.model.provenance import Provenance
 from sae_census.steps.store import layout
+from sae_census.steps.store.identities import PREPARATION_FORMAT, Preparation
 
 _BATCH_CHARS = 1 << 20
-FORMAT = 2
-"""Raise it when shards are cut or written in another way. 1 put a BOS before text that brought its own, too."""
 
 
 def read_settings(corpus: CorpusConfig) -> ReadSettings:
@@ -41,18 +41,17 @@ def read_settings(corpus: CorpusConfig) -> ReadSettings:
     )
 
 
-def preparation_fields(corpus: CorpusConfig, tokenizer: Tokenizer, shard_tokens: int) -> dict[str, object]:
-    """Everything that decides which tokens stand in which context; its hash is the preparation's id."""
-    bos = corpus.bos == "always" or (corpus.bos == "auto" and tokenizer.adds_bos)
-    return {
-        "format": FORMAT,
-        "tokenizer": tokenizer.digest,
-        "context_length": corpus.context_length,
-        "packing": corpus.packing,
-        "long_documents": corpus.long_documents if corpus.packing == "document" else None,
-        "bos": bos,
-        "shard_tokens": min(shard_tokens, corpus.max_tokens or shard_tokens),
-    }
+def preparation_of(corpus: CorpusConfig, tokenizer: Tokenizer, shard_tokens: int) -> Preparation:
+    """Everything that decides which tokens stand in which context."""
+    return Preparation(
+        format=PREPARATION_FORMAT,
+        tokenizer=tokenizer.digest,
+        context_length=corpus.context_length,
+        packing=corpus.packing,
+        long_documents=corpus.long_documents if corpus.packing == "document" else None,
+        bos=corpus.bos == "always" or (corpus.bos == "auto" and tokenizer.adds_bos),
+        shard_tokens=min(shard_tokens, corpus.max_tokens or shard_tokens),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,16 +61,10 @@ class PrepareSettings:
     root: str
     model: ModelConfig
     corpus: CorpusConfig
-    fields: dict[str, object]
-    """As from `preparation_fields`."""
+    preparation: Preparation
     num_embeddings: int
     """Token ids of the model are below."""
     planned: Provenance
-
-    @property
-    def preparation_id(self) -> str:
-        """The name of the folder of shards."""
-        return digest_of(self.fields)
 
 
 class Preparer:
@@ -95,7 +88,7 @@ class Preparer:
             SourceError: if it cannot be read at all.
             ConfigError: if the text has a token that the model does not know.
         """
-        corpus, preparation_id = self._settings.corpus, self._settings.preparation_id
+        corpus, preparation_id = self._settings.corpus, self._settings.preparation.preparation_id
         source_id = source.identity(read_settings(corpus))
         done = find_source(self._blobs, preparation_id, source_id, corpus.max_tokens)
         if done is not None:
@@ -135,14 +128,14 @@ class Preparer:
         return record
 
     def _packer(self) -> Packer:
-        corpus, fields = self._settings.corpus, self._settings.fields
-        bos_id = self._tokenizer.bos_id if fields["bos"] else None
+        corpus, preparation = self._settings.corpus, self._settings.preparation
+        bos_id = self._tokenizer.bos_id if preparation.bos else None
         return Packer(
             context_length=corpus.context_length,
             packing=corpus.packing,
             long_documents=corpus.long_documents,
             bos_id=bos_id,
-            doubles_bos=fields["format"] == 1,
+            doubles_bos=preparation.format == 1,
         )
 
     def _encoded(self, source: Source, books: "_Books") -> Iterator[tuple[str, list[int]]]:
@@ -168,7 +161,7 @@ class Preparer:
                 yield document.document_id, ids
 
     def _shards(self, contexts: Iterator[Context]) -> Iterator[list[Context]]:
-        budget = int(str(self._settings.fields["shard_tokens"]))
+        budget = self._settings.preparation.shard_tokens
         size = max(1, budget // self._settings.corpus.context_length)
         shard: list[Context] = []
         for context in contexts:
@@ -198,7 +191,7 @@ class Preparer:
         }
         shard_id = _content_id(columns)
         body = tables.to_bytes(tables.table(schemas.SHARD, columns))
-        self._blobs.put(layout.shard(self._settings.preparation_id, shard_id), body)
+        self._blobs.put(layout.shard(self._settings.preparation.preparation_id, shard_id), body)
         record = ShardRecord(
             shard_id=shard_id,
             slice=slice_name,

@@ -26,7 +26,8 @@ from sae_census.steps.census.logits import says
 from sae_census.steps.census.partial import Unit
 from sae_census.steps.census.ranges import RangeResult
 from sae_census.steps.census.units import Units
-from sae_census.steps.store import entries, layout, manifests
+from sae_census.steps.store import entries, layout, snapshot_files
+from sae_census.steps.store.manifests import Facts, Making, Manifest, PublishedFile, open_manifest
 from sae_census.types import SiteKey
 
 _DIMENSIONS = {
@@ -69,7 +70,7 @@ class Draft:
         """Where its files lie until it is published; every file there becomes part of the snapshot."""
         return self._folder
 
-    def copy(self, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    def copy(self, folder: Path, files: Mapping[str, PublishedFile]) -> None:
         """Take files of a published snapshot over.
 
         Args:
@@ -162,64 +163,66 @@ class Draft:
         scales = {"sum_scale_bits": fixed.SUM_SCALE, "square_scale_bits": fixed.SQUARE_SCALE, "low_limb_bits": 62}
         zarr_files.write_tree(self._folder / "statistics.zarr", groups, scales, _DIMENSIONS)
 
-    def publish(self, name: str, facts: Mapping[str, Any], volatile: Mapping[str, Any]) -> tuple[int, str, bool]:
+    def publish(self, name: str, facts: Facts, making: Making) -> tuple[int, str, bool]:
         """Give the snapshot a number, unless the newest one is the same; then files of it that were damaged are mended.
 
         Args:
             name: of the catalog.
             facts: of the manifest, which belong to the content.
-            volatile: of the manifest, which do not (times, workers).
+            making: of the manifest, which does not.
 
         Returns:
             The number, the digest, and whether it is new.
         """
         files = digests(self._folder)
-        digest = manifests.content_digest(files, facts)
-        manifest = {"catalog": name, "digest": digest, "files": files, **facts, **volatile}
         newest = snapshots(self._blobs, name)[-1:]
-        if newest and self._is(name, newest[0], manifest):
-            self._mend(name, newest[0], manifest)
-            self._point_at(name, newest[0], digest)  # the run that published it may have died before it could
-            return newest[0], digest, False
+        manifest = Manifest.of(name, newest[0] if newest else 0, files, facts, making)
+        if newest and self._is(manifest):
+            self._mend(manifest)
+            self._point_at(manifest)  # the run that published it may have died before it could
+            return manifest.snapshot, manifest.digest, False
         number = self._reserve(name)
         for written in files:
             self._blobs.adopt(layout.snapshot(name, number, written), self._folder / written)
-        self._put_manifest(name, number, manifest)
-        self._point_at(name, number, digest)
-        return number, digest, True
+        manifest = manifest.model_copy(update={"snapshot": number})
+        self._put(manifest)
+        self._point_at(manifest)
+        return number, manifest.digest, True
 
-    def _is(self, name: str, number: int, manifest: Mapping[str, Any]) -> bool:
+    def _is(self, manifest: Manifest) -> bool:
         """Whether a published snapshot is this one; where its manifest is damaged, its files tell."""
+        folder = folder_of(self._blobs, manifest.catalog, manifest.snapshot)
         try:
-            return bool(read_manifest(self._blobs, name, number)["digest"] == manifest["digest"])
+            return open_manifest(folder).digest == manifest.digest
         except CorruptError:
-            there = digests(folder_of(self._blobs, name, number))
+            there = digests(folder)
             records = ("manifest.json", "reserved.json")
-            return bool({file: facts for file, facts in there.items() if file not in records} == manifest["files"])
+            return {file: facts for file, facts in there.items() if file not in records} == manifest.files
 
-    def _mend(self, name: str, number: int, manifest: Mapping[str, Any]) -> None:
+    def _mend(self, manifest: Manifest) -> None:
         """Put back what is not as it was published; a manifest without a seal gets one, and says that it had none."""
+        name, number = manifest.catalog, manifest.snapshot
         folder = folder_of(self._blobs, name, number)
-        for file, facts in manifest["files"].items():
-            if manifests.digest_of_file(folder / file) != facts["sha256"]:
+        for file, facts in manifest.files.items():
+            if snapshot_files.digest_of_file(folder / file) != facts.sha256:
                 self._blobs.adopt(layout.snapshot(name, number, file), self._folder / file)
-        for file in manifests.unlisted(folder, manifest["files"]):
+        for file in snapshot_files.unlisted(folder, manifest.files):
             self._blobs.delete(layout.snapshot(name, number, file))
         try:
-            there, is_proven = manifests.open_manifest(folder)
+            there = open_manifest(folder)
         except CorruptError:
-            self._put_manifest(name, number, manifest)
+            self._put(manifest)
         else:
-            if not is_proven:
-                unproven = {**manifest.get("unproven", {}), "manifests": 1}
-                self._put_manifest(name, number, {**there, "unproven": unproven})
+            if not there.is_proven:
+                self._put(there.model_copy(update={"unproven": {**manifest.unproven, "manifests": 1}}))
         self._blobs.sync()
 
-    def _put_manifest(self, name: str, number: int, manifest: Mapping[str, Any]) -> None:
-        self._blobs.put(layout.snapshot(name, number, "manifest.json"), sealed({**manifest, "snapshot": number}))
+    def _put(self, manifest: Manifest) -> None:
+        self._blobs.put(layout.snapshot(manifest.catalog, manifest.snapshot, "manifest.json"), manifest.to_bytes())
 
-    def _point_at(self, name: str, number: int, digest: str) -> None:
-        self._blobs.put(layout.latest(name), sealed({"snapshot": number, "digest": digest}))
+    def _point_at(self, manifest: Manifest) -> None:
+        about = {"snapshot": manifest.snapshot, "digest": manifest.digest}
+        self._blobs.put(layout.latest(manifest.catalog), sealed(about))
 
     def _reserve(self, name: str) -> int:
         """A number that no other run can get: numbers of runs that died are not used again."""
@@ -232,23 +235,20 @@ class Draft:
                 return number
 
 
-def digests(folder: Path) -> dict[str, dict[str, Any]]:
+def digests(folder: Path) -> dict[str, PublishedFile]:
     """Digest and size of every file in a folder, by its path in it."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        files[path.relative_to(folder).as_posix()] = {"sha256": sha256, "num_bytes": path.stat().st_size}
+        name = path.relative_to(folder).as_posix()
+        files[name] = PublishedFile(sha256=sha256, num_bytes=path.stat().st_size)
     return files
 
 
-def read_manifest(blobs: LocalBlobs, name: str, number: int) -> dict[str, Any]:
-    """The manifest of a snapshot.
-
-    Raises:
-        CorruptError: if it is no manifest, or not the one that was published.
-    """
-    return manifests.open_manifest(folder_of(blobs, name, number))[0]
+def read_manifest(blobs: LocalBlobs, name: str, number: int) -> Manifest:
+    """The manifest of a snapshot; raises what `open_manifest` does."""
+    return open_manifest(folder_of(blobs, name, number))
 
 
 def _slice_books(units: Sequence[Unit]) -> dict[str, np.ndarray]:

@@ -27,7 +27,8 @@ from sae_census.steps.census.partial import RangeTask, Unit
 from sae_census.steps.census.sampling import LOW_OCTAVES, sample_sizes, shard_key
 from sae_census.steps.census.spans import SpanAddresses, attach
 from sae_census.steps.census.units import Units
-from sae_census.steps.model.parts import Provenance, tokenizer_of
+from sae_census.steps.model.parts import tokenizer_of
+from sae_census.steps.model.provenance import Provenance
 from sae_census.steps.store import layout
 from sae_census.types import SiteKey
 

@@ -7,7 +7,7 @@ from sae_census.records import Receipt
 from sae_census.steps.census import preflight
 from sae_census.steps.census.preflight import Fit, FitProbe
 from sae_census.steps.census.shard import Analyzer, Machine, ShardTask
-from sae_census.steps.model.parts import Provenance
+from sae_census.steps.model.provenance import Provenance
 from sae_census.types import SiteKey
 
 

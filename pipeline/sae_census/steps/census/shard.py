@@ -30,9 +30,10 @@ from sae_census.io.store import partials, tables
 from sae_census.io.store.blobs import LocalBlobs
 from sae_census.records import Receipt, ShardRecord, Stored
 from sae_census.steps.census.sampling import sample_sizes, shard_key
-from sae_census.steps.model.parts import Provenance
+from sae_census.steps.model.provenance import Provenance
 from sae_census.steps.model.reader import Reader
 from sae_census.steps.store import layout
+from sae_census.steps.store.identities import Numerics
 from sae_census.types import HookPoint, SiteKey
 
 
@@ -58,7 +59,7 @@ class ShardTask:
 class Machine:
     """What computes: equal ones give equal bits."""
 
-    numerics: dict[str, str | int]
+    numerics: Numerics
     """As from `io.device.configure`."""
     versions: dict[str, str]
     """Of the software, as from `io.versions`."""
@@ -132,7 +133,7 @@ class Analyzer:
         self._blobs = LocalBlobs(config.store.root)
         chosen = choose_device(config.model.device)
         numerics = device.configure(config.cluster.threads_per_worker, chosen)
-        machine = Machine(numerics=numerics, versions=versions(chosen))
+        machine = Machine(numerics=dict(numerics), versions=versions(chosen))
         if (what := machine.differs_from(expected)) and not config.cluster.mixed_numerics:
             raise NumericsError(f"this worker computes other bits than the run was planned with: {what}")
         self._reader = Reader(config.model, config.saes, planned)
@@ -141,7 +142,7 @@ class Analyzer:
         # until format 3 an ordinary token that also pads was taken for a special one
         self._special_ids = tokenizer.special_ids if partial_format > 3 else tokenizer.named_special_ids
         attention = {"attention": self._reader.model.attention}
-        self.machine = Machine(numerics=numerics, versions=machine.versions | attention)
+        self.machine = Machine(numerics=dict(numerics), versions=machine.versions | attention)
         self.saes, self.points = self._reader.saes, self._reader.points
 
     def batches(self, contexts: Sequence[Sequence[int]]) -> Iterator[Batch]:

@@ -18,8 +18,10 @@ from sae_census.errors import ConfigError
 from sae_census.io.checkpoints import LoadedSae
 from sae_census.io.store import json_lines, tables
 from sae_census.steps.census.claims import masks_of
+from sae_census.steps.model.provenance import Provenance
 from sae_census.steps.store import entries
-from sae_census.steps.store.manifests import SnapshotFiles, open_manifest
+from sae_census.steps.store.manifests import open_manifest
+from sae_census.steps.store.snapshot_files import SnapshotFiles
 from sae_census.types import SiteKey
 
 LabelSource = Literal["table", "catalog", "proto"]
@@ -84,29 +86,24 @@ def load_backgrounds(path: str, saes: Mapping[SiteKey, LoadedSae]) -> Background
         saes: matched by hook point and digest; names may differ.
 
     Raises:
-        ConfigError: if the catalog does not know one of them.
+        ConfigError: if there is no catalog.
+        IdentityError: if it was not made with one of them.
         CorruptError: if it is damaged.
     """
     folder = snapshot_folder(path)
-    manifest, _ = open_manifest(folder)
-    files = SnapshotFiles(folder, manifest["files"])
-    identity = manifest["identity"]["measure"]
-    known: dict[str, str] = identity["saes"]
+    manifest = open_manifest(folder)
+    files = SnapshotFiles(folder, manifest.files)
+    measure = manifest.identity.measure
+    made_with = Provenance.of_measures(measure, f"the catalog {path}")
     sites = {}
     for key, loaded in saes.items():
-        same = (SiteKey.parse(name) for name, digest in known.items() if digest == loaded.digest)
-        found = [site for site in same if site.hook_point == key.hook_point]
-        if not found:
-            raise ConfigError(
-                f"the catalog {path} has no statistics of SAE {key.sae} at {key.hook_point}; it was made with "
-                f"{', '.join(known)}; make one with sae-census analyze, or leave the catalog away"
-            )
-        sites[key] = _background(files, found[0])
+        name = made_with.name_of(key, loaded)
+        sites[key] = _background(files, SiteKey.parse(name))
     return Backgrounds(
-        digest=str(manifest["digest"]),
+        digest=manifest.digest,
         sites=sites,
-        model_digest=str(identity["model"]["digest"]),
-        masks=masks_of(identity),
+        model_digest=measure.model.digest,
+        masks=masks_of(measure),
     )
 
 

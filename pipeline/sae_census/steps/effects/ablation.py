@@ -25,7 +25,7 @@ from sae_census.io.model.hooks import layout_of
 from sae_census.io.model.interventions import Function, Interventions
 from sae_census.io.store import tables
 from sae_census.io.store.blobs import LocalBlobs
-from sae_census.steps.model.parts import Provenance
+from sae_census.steps.model.provenance import Provenance
 from sae_census.steps.model.reader import Reader
 from sae_census.steps.store import layout
 from sae_census.types import SiteKey

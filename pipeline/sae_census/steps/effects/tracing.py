@@ -19,7 +19,7 @@ from sae_census.io.model.device import choose_device
 from sae_census.io.model.paths import Paths
 from sae_census.io.store import schemas, tables
 from sae_census.io.store.blobs import LocalBlobs
-from sae_census.steps.model.parts import Provenance
+from sae_census.steps.model.provenance import Provenance
 from sae_census.steps.model.reader import Reader
 from sae_census.steps.store import layout
 from sae_census.types import HookPoint, SiteKey

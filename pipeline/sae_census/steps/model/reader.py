@@ -10,7 +10,8 @@ from sae_census.errors import ConfigError
 from sae_census.io.checkpoints import LoadedSae, load_sae
 from sae_census.io.model.device import choose_device
 from sae_census.steps.model.demands import centring_of
-from sae_census.steps.model.parts import Provenance, model_of, tokenizer_of
+from sae_census.steps.model.parts import model_of, tokenizer_of
+from sae_census.steps.model.provenance import Provenance
 from sae_census.types import HookPoint, SiteKey, wrong_with_name
 
 _log = getLogger(__name__)
@@ -70,9 +71,7 @@ class Reader:
         self.model = model_of(model, self.device)
         self.loaded = load_saes(saes)
         if planned is not None:
-            planned.prove_tokenizer(model.id, self.tokenizer)
-            planned.prove_model(model.id, self.model.facts.digest)
-            planned.prove_saes({str(site): loaded.digest for site, loaded in self.loaded.items()})
+            planned.prove(model.id, self.model.facts.digest, self.tokenizer, self.loaded)
         self.saes = {key: loaded.sae.to(self.device) for key, loaded in self.loaded.items()}
         self.points = sorted({key.hook_point for key in self.saes})
         widths = self.model.widths(self.points)

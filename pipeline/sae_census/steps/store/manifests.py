@@ -1,149 +1,237 @@
-"""Manifests, and the files that they list: a manifest is proved when it is read, a file before it is read.
+"""The manifest of a snapshot: what it was made of, what its files are, and the digest that stands for all of it.
 
-A table is hashed once in a process, and again when the file system says that it has changed; arrays are hashed as they
-are read. So what a reader computes with is what was published, whatever happened to the folder since.
+`Facts` belong to the content: equal catalogs have equal ones. `Making` does not: times, machines, settings of the job.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
+from pydantic import Field
 
 from sae_census.errors import CorruptError
-from sae_census.io.store import tables, zarr_files
 from sae_census.io.store.blobs import LocalBlobs
-from sae_census.records import canonical, sealed, unsealed
-
-_VOLATILE = ("catalog", "snapshot", "digest", "files", "made_at", "config", "numerics", "seconds", "built_from",
-             "made_with", "versions", "unproven", "passed_over", "units")  # fmt: skip
-"""What of a snapshot's manifest is no fact of its content."""
-_ARRAYS = "statistics.zarr"
-_HASHED: dict[Path, tuple[tuple[int, ...], str]] = {}
-"""sha256 of files, with what the file system said of them before they were hashed."""
+from sae_census.records import AsGiven, Record, ShardRecord, canonical, unsealed
+from sae_census.steps.store.identities import Identity, MeasuredModel, Numerics, check_formats
 
 
-def facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that a manifest was published with: without its number, its files and what is volatile."""
-    return {name: value for name, value in manifest.items() if name not in _VOLATILE}
+class PublishedFile(AsGiven):
+    """A file of a snapshot."""
+
+    sha256: str
+    num_bytes: int
 
 
-def content_digest(files: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+class SliceCoverage(AsGiven):
+    """How much of a slice is in a snapshot."""
+
+    shards: int
+    contexts: int
+    tokens: int
+    """All, counted or not."""
+
+
+class SourceCoverage(AsGiven):
+    """What a snapshot has of one source."""
+
+    source_id: str
+    slice: str
+    names: tuple[str, ...]
+    """Of its files, or of the dataset."""
+    shards: tuple[str, ...]
+    """Ids; some may be missing in the snapshot."""
+    records_dropped: dict[str, int]
+    """By reason."""
+    tokens_truncated: int
+    documents_with_bos: int = 0
+    """Whose text brought a BOS of its own."""
+    unused_files: tuple[str, ...] = ()
+    """In which no record could be used."""
+
+
+class Coverage(AsGiven):
+    """Which text a snapshot is of."""
+
+    complete: bool
+    """Whether no shard is missing."""
+    missing: tuple[str, ...]
+    """Ids of shards that could not be analysed."""
+    shards: int
+    slices: dict[str, SliceCoverage]
+    tokens: dict[str, dict[str, int]]
+    """By hook point: how many tokens count, and how many each rule excluded."""
+    records_dropped: dict[str, int]
+    """By reason."""
+    tokens_truncated: int
+    documents_with_bos: int = 0
+    """Whose text brought a BOS of its own."""
+    sources: tuple[SourceCoverage, ...]
+
+
+class Ranking(AsGiven):
+    """How features were ordered."""
+
+    score: str
+    """As `compute.numbers.scores` names it."""
+
+
+class LogitFacts(AsGiven):
+    """What the logits of a snapshot mean."""
+
+    top_k: int
+    """Tokens of either sign that each feature has."""
+    mode: str
+    """As `logits.mode`."""
+    definition: str
+    """The same in words."""
+    num_tokens: int
+    """Tokens of the vocabulary that were compared."""
+    num_padding: int
+    """Rows of the unembedding that are no token's, and were not."""
+
+
+class Facts(AsGiven):
+    """What of a manifest belongs to the content of its snapshot."""
+
+    identity: Identity
+    preparation_id: str
+    """Names the folder of the shards."""
+    measures: dict[str, str]
+    """Ids by site; they name the folders of the partials."""
+    ranking: Ranking
+    span_groups: tuple[str, ...]
+    """In the order in which they are listed."""
+    shards: tuple[ShardRecord, ...]
+    """Sorted by id."""
+    coverage: Coverage
+    fraction_of_variance_unexplained: dict[str, float | None]
+    """By site; None where nothing is known."""
+    weights: dict[str, int] = Field(default_factory=dict)
+    """Copies of each slice that the statistics of the whole count; empty if one of each."""
+    logits: LogitFacts | None = None
+    """None if there are no tables of logits."""
+
+
+class Job(AsGiven):
+    """What a job says of itself in the manifest of the snapshot that it makes."""
+
+    config: dict[str, Any]
+    """Of the job, as it was then: an older one lacks keys."""
+    numerics: Numerics | dict[str, list[Numerics]]
+    """Of the machine that computed the shards; under `mixed`, of all there were."""
+    seconds: dict[str, float]
+    """By stage."""
+    built_from: dict[str, Any] | None = None
+    """The config of `sae-census catalog action=build`, if that made it."""
+    passed_over: tuple[dict[str, str | int], ...] = ()
+    """Files that `corpus.source` came upon and did not read, as `io.text.folders.PassedOver`."""
+    units: dict[str, str] = Field(default_factory=dict)
+    """What the codes of each SAE are measured in, by site; empty before it was noted."""
+
+
+class Making(Job):
+    """What of a manifest says how, when and with what its snapshot was made."""
+
+    made_at: float
+    """Unix time."""
+    made_with: dict[str, str] = Field(default_factory=dict)
+    """Versions of the software that published it."""
+    versions: tuple[dict[str, str | int], ...] = ()
+    """Every set of versions that computed shards of it, and how many, under `shards`."""
+    unproven: dict[str, int] = Field(default_factory=dict)
+    """How many records without a seal it was made from, by kind."""
+
+
+class Manifest(Facts, Making, Record):
+    """All that a snapshot says of itself."""
+
+    catalog: str
+    snapshot: int
+    digest: str
+    """Equal for equal content."""
+    files: dict[str, PublishedFile]
+    """By path in the folder of the snapshot."""
+
+    @classmethod
+    def of(cls, name: str, number: int, files: Mapping[str, PublishedFile], facts: Facts, making: Making) -> Self:
+        """The manifest of a snapshot that is about to be published.
+
+        Args:
+            name: of the catalog.
+            number: of the snapshot.
+            files: of the snapshot.
+            facts: that belong to its content.
+            making: that do not.
+        """
+        digest = content_digest(files, facts)
+        own = {"catalog": name, "snapshot": number, "digest": digest, "files": dict(files)}
+        return cls.model_validate({**facts.content(), **making.content(), **own})
+
+    def counted(self) -> Self:
+        """The same; one that was read without a seal says so among what it was made from."""
+        if self.is_proven:
+            return self
+        return self.model_copy(update={"unproven": {**self.unproven, "manifests": 1}})
+
+    @property
+    def facts(self) -> Facts:
+        """What belongs to the content."""
+        return Facts.model_validate(self.model_dump(mode="json", include=set(Facts.model_fields), exclude_unset=True))
+
+    @property
+    def making(self) -> Making:
+        """What does not."""
+        return Making.model_validate(self.model_dump(mode="json", include=set(Making.model_fields), exclude_unset=True))
+
+
+class AttributionRecord(AsGiven, Record):
+    """What a folder of logits says of itself, which belongs to no catalog."""
+
+    files: dict[str, PublishedFile]
+    model: MeasuredModel
+    saes: dict[str, str]
+    """Digests by site."""
+    logits: LogitFacts
+
+
+def content_digest(files: Mapping[str, PublishedFile], facts: Facts) -> str:
     """The digest of a snapshot."""
-    return hashlib.sha256(canonical({"files": files, **facts})).hexdigest()
+    listed = {name: file.content() for name, file in files.items()}
+    return hashlib.sha256(canonical({"files": listed, **facts.content()})).hexdigest()
 
 
-def open_manifest(folder: Path) -> tuple[dict[str, Any], bool]:
-    """The manifest of a snapshot's folder, and whether all of it is proven.
+def open_manifest(folder: Path) -> Manifest:
+    """The manifest of a snapshot's folder.
 
     One without a seal proves what its digest stands for, and not its config, its times and its number.
 
     Raises:
         CorruptError: if it is no manifest, or not the one that was published.
-        IdentityError: if it is of a form that is newer than this program.
+        IdentityError: if it is of a form that is newer than this program, or of partials that are too old.
     """
     path = folder / "manifest.json"
     advice = f"run sae-census analyze as for catalog {folder.parent.name!r} again, or remove {folder}"
     try:
-        found, is_proven = unsealed(path.read_bytes(), str(path))
-        files, digest = found["files"], found["digest"]
-        is_same = content_digest(files, facts_of(found)) == digest and isinstance(files, dict)
+        body = path.read_bytes()
+        identity = unsealed(body, str(path))[0].get("identity")
+        check_formats(identity if isinstance(identity, dict) else {}, f"catalog {folder.parent.name!r}")
+        manifest = Manifest.read(body, str(path))
     except FileNotFoundError as error:
         raise CorruptError(f"{path} is missing; {advice}") from error
-    except (CorruptError, KeyError) as error:
+    except CorruptError as error:
         raise CorruptError(f"{path} is damaged: it is not the manifest that was published; {advice}") from error
-    if not is_same:
+    if content_digest(manifest.files, manifest.facts) != manifest.digest:
         raise CorruptError(f"{path} is damaged: its content is not what its digest says; {advice}")
-    if folder.name.isdigit() and found.get("snapshot") != int(folder.name):
-        raise CorruptError(f"{path} is the manifest of snapshot {found.get('snapshot')}; {advice}")
-    return found, is_proven
+    if folder.name.isdigit() and manifest.snapshot != int(folder.name):
+        raise CorruptError(f"{path} is the manifest of snapshot {manifest.snapshot}; {advice}")
+    return manifest
 
 
-def describe(blobs: LocalBlobs, key: str, content: Mapping[str, Any]) -> None:
+def describe(blobs: LocalBlobs, key: str, record: Record) -> None:
     """Say in the store what a preparation or measure is, unless it says so already and the record is sound."""
-    if not blobs.put_if_absent(key, sealed(content)):
+    if not blobs.put_if_absent(key, record.to_bytes()):
         try:
             unsealed(blobs.get(key), key)
         except CorruptError:
-            blobs.put(key, sealed(content))
-
-
-class SnapshotFiles:
-    """The files of one snapshot, each proved before it is read."""
-
-    def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Any]]):
-        """Take a folder and what its manifest lists."""
-        self._folder, self._files = folder, files
-        self._advice = f"run sae-census analyze as for catalog {folder.parent.name!r} again, which mends it"
-
-    def path(self, name: str) -> Path:
-        """Where a sound file lies.
-
-        Raises:
-            CorruptError: if it is missing, or not the one that was published.
-        """
-        path = self._folder / name
-        if name not in self._files:
-            raise CorruptError(f"{path} is not one of the files that {self._folder / 'manifest.json'} lists")
-        if digest_of_file(path) != self._files[name]["sha256"]:
-            raise CorruptError(f"{path} is not the file that was published; {self._advice}")
-        return path
-
-    def table(self, name: str, columns: Sequence[str] | None = None, **options: Any) -> tables.Table:
-        """A table, or some of it, as `tables.read` does.
-
-        Raises:
-            CorruptError: as `path` does.
-        """
-        return tables.read(self.path(name), columns, **options)
-
-    def arrays(self, group: str) -> dict[str, np.ndarray]:
-        """The arrays of one group of the statistics.
-
-        Raises:
-            KeyError: if there is no such group.
-            CorruptError: if a file of theirs is missing, is not the one that was published, or was not published.
-        """
-        inside = f"{_ARRAYS}/{group}/"
-        listed = {name for name in self._files if name.startswith(inside)}
-        if not listed:
-            raise KeyError(f"{self._folder / _ARRAYS} has no group {group}")
-        if strange := sorted(set(unlisted(self._folder, self._files, inside))):
-            raise CorruptError(f"{self._folder / strange[0]} was not published with its snapshot; {self._advice}")
-        above = [
-            f"{_ARRAYS}/{'/'.join([*group.split('/')[:depth], 'zarr.json'])}" for depth in range(group.count("/") + 1)
-        ]
-        bodies = {name.removeprefix(f"{_ARRAYS}/"): self._proven(name) for name in (*above, *sorted(listed))}
-        return zarr_files.read_group(bodies, group)
-
-    def _proven(self, name: str) -> bytes:
-        path = self._folder / name
-        try:
-            body = path.read_bytes()
-        except OSError as error:
-            raise CorruptError(f"{path} is missing; {self._advice}") from error
-        if name not in self._files or hashlib.sha256(body).hexdigest() != self._files[name]["sha256"]:
-            raise CorruptError(f"{path} is not the file that was published; {self._advice}")
-        return body
-
-
-def unlisted(folder: Path, files: Mapping[str, Any], inside: str = f"{_ARRAYS}/") -> list[str]:
-    """Files of the statistics that a manifest does not list and any reader of Zarr might take for chunks."""
-    found = (path for path in (folder / inside).rglob("*") if path.is_file() and not path.name.startswith("."))
-    names = (path.relative_to(folder).as_posix() for path in found)
-    return sorted(name for name in names if name not in files)
-
-
-def digest_of_file(path: Path) -> str:
-    """sha256 of a file, or nothing where there is none; of one that did not change, as it was found before."""
-    try:
-        with path.open("rb") as file:
-            facts = path.stat()
-            seen = (facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
-            known = _HASHED.get(path)
-            if known is None or known[0] != seen:
-                known = _HASHED[path] = (seen, hashlib.file_digest(file, "sha256").hexdigest())
-            return known[1]
-    except OSError:
-        return ""
+            blobs.put(key, record.to_bytes())
