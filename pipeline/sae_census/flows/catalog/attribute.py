@@ -35,7 +35,7 @@ from sae_census.steps.cluster.outcomes import in_order, result_of
 from sae_census.steps.model.parts import Provenance, facts_of, tokenizer_of
 from sae_census.steps.model.reader import load_saes
 from sae_census.steps.store import layout, manifests
-from sae_census.steps.store.progress import Voice, new_run
+from sae_census.steps.store.progress import RunLog, new_run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class Attribution:
 
 
 def write_logits(
-    folder: Path, settings: LogitSettings, todo: list[RangeTask], cluster: ClusterConfig, voice: Voice
+    folder: Path, settings: LogitSettings, todo: list[RangeTask], cluster: ClusterConfig, log: RunLog
 ) -> tuple[dict[str, Any], float]:
     """Attribute all ranges and write the tables; facts for the manifest, and seconds.
 
@@ -61,16 +61,16 @@ def write_logits(
         settings: of the workers.
         todo: ranges in the order of sites and features.
         cluster: who does the work.
-        voice: tells of it.
+        log: of the run.
     """
     outcomes = run_tasks(
         partial(LogitWorker, settings),
         todo,
         cluster,
         needs_gpu=choose_device(settings.model.device).type == "cuda",
-        on_event=voice.event,
+        on_event=log.event,
     )
-    with voice.stage("logits", len(todo), "features") as stage:
+    with log.stage("logits", len(todo), "features") as stage:
 
         def results() -> Iterator[LogitResult]:
             for outcome in in_order(todo, outcomes):
@@ -98,9 +98,9 @@ def _to_folder(config: AttributeConfig, say: Callable[[str], None] | None) -> At
     blobs = LocalBlobs(config.out or Path(config.store.root) / "logits")
     about, todo = _identify(config, None)
     with publish.Draft(blobs, (), {}) as draft:
-        voice = Voice(blobs, "events.jsonl", say)
+        log = RunLog(blobs, "events.jsonl", say)
         with blobs.writing():
-            facts, seconds = write_logits(draft.folder, _settings(config, about), todo, config.cluster, voice)
+            facts, seconds = write_logits(draft.folder, _settings(config, about), todo, config.cluster, log)
         files = publish.digests(draft.folder)
         blobs.delete("manifest.json")
         blobs.sync()
@@ -118,9 +118,9 @@ def _to_catalog(config: AttributeConfig, name: str, say: Callable[[str], None] |
     kept = {file: facts for file, facts in old.manifest["files"].items() if file not in (LOGITS, MOMENTS)}
     with publish.Draft(blobs, (), {}) as draft:
         draft.copy(old.folder, kept)
-        voice = Voice(blobs, layout.events(new_run()), say)
+        log = RunLog(blobs, layout.events(new_run()), say)
         with blobs.writing():
-            facts, seconds = write_logits(draft.folder, _settings(config, about), todo, config.cluster, voice)
+            facts, seconds = write_logits(draft.folder, _settings(config, about), todo, config.cluster, log)
         if publish.snapshots(blobs, name)[-1] != old.number:
             raise CensusError(f"catalog {name!r} has got a new snapshot meanwhile; run the same command again")
         volatile = {

@@ -20,7 +20,7 @@ from sae_census.steps.census.partial import RangeTask, Unit
 from sae_census.steps.cluster import run_tasks
 from sae_census.steps.cluster.outcomes import in_order, result_of
 from sae_census.steps.model.parts import Provenance
-from sae_census.steps.store.progress import Voice
+from sae_census.steps.store.progress import RunLog
 from sae_census.types import SiteKey
 
 More = Callable[[publish.Draft, list[RangeTask]], dict[str, Any]]
@@ -63,14 +63,14 @@ class Chosen:
         return tuple(tuple(found[key] for key in sorted(found)) for found in (self.receipts[s] for s in self.sites))
 
 
-def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: {}) -> tuple[Catalog, bool]:
+def reduce(chosen: Chosen, log: RunLog, more: More = lambda draft, todo: {}) -> tuple[Catalog, bool]:
     """Merge the chosen shards and publish them, unless the newest snapshot says the same.
 
     Nodes that stand for chosen shards alone are read in place of their partials; the result is the same to the bit.
 
     Args:
         chosen: at least one shard.
-        voice: hears of the progress.
+        log: of the run.
         more: adds to the snapshot.
 
     Returns:
@@ -87,7 +87,7 @@ def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: {}) ->
         units.append(tree.units(nodes, mine))
         tree.check_there(blobs, units[-1])
         for node in nodes.damaged:
-            voice.say(f"warning: node {node.node_id} of {site} is damaged: it is not used; compact the catalog again")
+            log.say(f"warning: node {node.node_id} of {site} is damaged: it is not used; compact the catalog again")
     settings = ranges.ReduceSettings(
         root=config.store.root,
         preparation_id=digest_of(chosen.identity["preparation"]),
@@ -102,9 +102,9 @@ def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: {}) ->
     todo = ranges.tasks([len(norms) for norms in chosen.decoder_norms.values()])
     with publish.Draft(blobs, chosen.sites, chosen.decoder_norms) as draft:
         added = more(draft, todo)
-        with voice.stage("reduce", len(todo), "features") as stage:
+        with log.stage("reduce", len(todo), "features") as stage:
             make = partial(ranges.Reducer, settings)
-            outcomes = run_tasks(make, todo, config.cluster, on_event=voice.event, stage="reduce")
+            outcomes = run_tasks(make, todo, config.cluster, on_event=log.event, stage="reduce")
 
             def results() -> Iterator[ranges.RangeResult]:
                 for outcome in in_order(todo, outcomes):
@@ -116,7 +116,7 @@ def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: {}) ->
         volatile = {**chosen.volatile, **_origin(chosen), "made_at": time.time()}
         volatile["seconds"] = {**chosen.volatile["seconds"], "reduce": stage.seconds}
         number, _, is_new = draft.publish(config.catalog.name, _facts(chosen, blobs, units) | added, volatile)
-    voice.event("done", {"snapshot": number, "is_new": is_new})
+    log.event("done", {"snapshot": number, "is_new": is_new})
     return Catalog(config.store.root, config.catalog.name, number), is_new
 
 

@@ -35,7 +35,7 @@ from sae_census.steps.discovery.discoverer import Discoverer
 from sae_census.steps.discovery.requests import Loaded
 from sae_census.steps.model.parts import Provenance, facts_of, tokenizer_of
 from sae_census.steps.model.reader import Reader, load_saes
-from sae_census.steps.store.progress import Voice
+from sae_census.steps.store.progress import RunLog
 from sae_census.types import SiteKey
 
 CHUNK_LINES = 128
@@ -291,9 +291,9 @@ def discover_batch(
         prompts=str(prompts.resolve()),
         parts=str(folder.resolve()),
     )
-    voice = Voice(blobs, "events.jsonl", say)
-    with voice.stage("discover", len(left), "prompts") as stage:
-        for outcome in run_tasks(partial(BatchWorker, batch), left, cluster, on_event=voice.event):
+    log = RunLog(blobs, "events.jsonl", say)
+    with log.stage("discover", len(left), "prompts") as stage:
+        for outcome in run_tasks(partial(BatchWorker, batch), left, cluster, on_event=log.event):
             if outcome.result is None:
                 raise CensusError(f"lines from {outcome.task.first_line}: {outcome.kind}: {outcome.message}")
             stage.advance(outcome.result)
