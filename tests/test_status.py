@@ -210,14 +210,14 @@ def test_every_line_of_a_run_is_an_event_that_is_read_back_whole(analyze_config:
 
 @pytest.mark.parametrize("facts", [{}, {"snapshot": 1}, {"snapshot": 1, "is_new": True, "more": 1}])
 def test_an_event_without_a_field_of_its_kind_or_with_another_is_refused_by_its_writer(facts: dict[str, Any]) -> None:
-    with pytest.raises(TypeError, match="RunDone"):
+    with pytest.raises(TypeError):
         events.line("done", facts)
 
 
 def test_fields_and_kinds_of_newer_programs_are_passed_over() -> None:
     newer = events.parse(b'{"at": 2, "event": "done", "snapshot": 3, "is_new": true, "more": 1}')
-    assert newer == events.Entry(2, events.RunDone(snapshot=3, is_new=True))
-    assert events.parse(b'{"at": 2, "event": "other"}') == events.Entry(2, None)
+    assert newer == events.Entry(2.0, events.RunDone(snapshot=3, is_new=True))
+    assert events.parse(b'{"at": 2, "event": "other"}') == events.Entry(2.0, None)
 
 
 def test_full_event_files_are_followed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,8 +228,8 @@ def parse(text: bytes) -> Entry:
     told = json.loads(text)
     if not isinstance(told, dict) or not isinstance(told.get("at"), (int, float)) or not told.get("event"):
         raise ValueError(f"{text[:80]!r} is no event; expected an object with at and event")
-    kind = str(told["event"])
+    at, kind = float(told["at"]), str(told["event"])
     if kind not in KINDS:
-        return Entry(told["at"], None)
+        return Entry(at, None)
     known = {field.name for field in fields(KINDS[kind])}
-    return Entry(told["at"], _ADAPTERS[kind].validate_python({name: told[name] for name in known & told.keys()}))
+    return Entry(at, _ADAPTERS[kind].validate_python({name: told[name] for name in known & told.keys()}))
