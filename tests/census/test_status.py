@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from sae_census.flows.census.run_status import RunStatus
 from sae_census.flows.census.status import LIMITS, Limits, runs, status
 from sae_census.io.store.blobs import LocalBlobs
 from sae_census.steps.census.shard import Analyzer
-from sae_census.steps.store import layout
-from sae_census.steps.store.progress import Voice
+from sae_census.steps.store import events, layout
+from sae_census.steps.store.progress import RunLog
 
 MakeConfig = Callable[..., Any]
 
@@ -191,12 +192,36 @@ def test_damaged_lines_of_events_are_counted_and_the_rest_is_told(analyze_config
         look(tmp_path)
 
 
+def test_every_line_of_a_run_is_an_event_that_is_read_back_whole(analyze_config: MakeConfig, tmp_path: Path) -> None:
+    analyze(analyze_config(tmp_path), lambda line: None)
+    (file,) = tmp_path.glob("events/*.jsonl")
+    kinds = set()
+    for line in file.read_bytes().splitlines():
+        told, entry = json.loads(line), events.parse(line)
+        kinds.add(told["event"])
+        assert entry.event is not None
+        assert told.items() <= {"at": entry.at, "event": told["event"], **asdict(entry.event)}.items()
+    assert {"run", "stage", "stage_done", "plan", "task_started", "shard_done", "done"} <= kinds
+
+
+@pytest.mark.parametrize("facts", [{}, {"snapshot": 1}, {"snapshot": 1, "is_new": True, "more": 1}])
+def test_an_event_without_a_field_of_its_kind_or_with_another_is_refused_by_its_writer(facts: dict[str, Any]) -> None:
+    with pytest.raises(TypeError):
+        events.line("done", facts)
+
+
+def test_fields_and_kinds_of_newer_programs_are_passed_over() -> None:
+    newer = events.parse(b'{"at": 2, "event": "done", "snapshot": 3, "is_new": true, "more": 1}')
+    assert newer == events.Entry(2.0, events.RunDone(snapshot=3, is_new=True))
+    assert events.parse(b'{"at": 2, "event": "other"}') == events.Entry(2.0, None)
+
+
 def test_full_event_files_are_followed_by_the_next(tmp_path: Path) -> None:
     blobs = LocalBlobs(tmp_path)
-    voice = Voice(blobs, layout.events("r"), lambda line: None, file_bytes=200)
-    with voice.running({"catalog": "c", "workers": 1}):
+    log = RunLog(blobs, layout.events("r"), lambda line: None, file_bytes=200)
+    with log.running({"catalog": "c", "workers": 1}):
         for number in range(20):
-            voice.event("worker_lost", {"kind": "Death", "message": "", "worker": number, "attempts": 0})
+            log.event("worker_lost", {"kind": "Death", "message": "", "worker": number, "attempts": 0})
     assert len(list(tmp_path.glob("events/r*.jsonl"))) > 5
     (run,) = runs(blobs)
     assert len(run.lost) == 20

@@ -25,7 +25,7 @@ from sae_census.flows.census.compact import compact
 from sae_census.io.store import blobs as blobs_module
 from sae_census.io.store.blobs import LocalBlobs
 from sae_census.records import Node, Receipt, SourceRecord, unsealed
-from sae_census.steps.store.progress import Voice
+from sae_census.steps.store.progress import RunLog
 
 
 @dataclass
@@ -265,9 +265,9 @@ def test_a_file_system_that_does_not_sync_folders_is_told_of_once(tmp_path, monk
     told = capsys.readouterr().err
     assert told.count("warning: the file system of") == 1
     assert "does not sync folders" in told
-    voice = Voice(blobs, "events/run.jsonl", lambda line: None)
-    voice.event("done", {})
-    voice.event("done", {})
+    log = RunLog(blobs, "events/run.jsonl", lambda line: None)
+    log.event("done", {"snapshot": None, "is_new": False})
+    log.event("done", {"snapshot": None, "is_new": False})
     assert blobs.get("events/run.jsonl").decode().count("does not sync folders") == 1
 
 

@@ -36,7 +36,7 @@ from sae_census.steps.model.reader import load_saes
 from sae_census.steps.store import layout
 from sae_census.steps.store.identities import MeasuredModel
 from sae_census.steps.store.manifests import AttributionRecord, LogitFacts, Making
-from sae_census.steps.store.progress import Voice, new_run
+from sae_census.steps.store.progress import RunLog, new_run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ class _Parts:
 
 
 def write_logits(
-    folder: Path, settings: LogitSettings, todo: list[RangeTask], cluster: ClusterConfig, voice: Voice
+    folder: Path, settings: LogitSettings, todo: list[RangeTask], cluster: ClusterConfig, log: RunLog
 ) -> tuple[LogitFacts, float]:
     """Attribute all ranges and write the tables; what they mean, and seconds.
 
@@ -73,16 +73,16 @@ def write_logits(
         settings: of the workers.
         todo: ranges in the order of sites and features.
         cluster: who does the work.
-        voice: tells of it.
+        log: of the run.
     """
     outcomes = run_tasks(
         partial(LogitWorker, settings),
         todo,
         cluster,
         needs_gpu=choose_device(settings.model.device).type == "cuda",
-        on_event=voice.event,
+        on_event=log.event,
     )
-    with voice.stage("logits", len(todo), "features") as stage:
+    with log.stage("logits", len(todo), "features") as stage:
 
         def results() -> Iterator[LogitResult]:
             for outcome in in_order(todo, outcomes):
@@ -113,9 +113,9 @@ def _to_folder(config: AttributeConfig, say: Callable[[str], None] | None) -> At
     blobs = LocalBlobs(config.out or Path(config.store.root) / "logits")
     parts = _identify(config)
     with publish.Draft(blobs, (), {}) as draft:
-        voice = Voice(blobs, "events.jsonl", say)
+        log = RunLog(blobs, "events.jsonl", say)
         with blobs.writing():
-            facts, seconds = write_logits(draft.folder, _settings(config, parts), parts.ranges, config.cluster, voice)
+            facts, seconds = write_logits(draft.folder, _settings(config, parts), parts.ranges, config.cluster, log)
         files = publish.digests(draft.folder)
         blobs.delete("manifest.json")
         blobs.sync()
@@ -133,9 +133,9 @@ def _to_catalog(config: AttributeConfig, name: str, say: Callable[[str], None] |
     kept = {file: facts for file, facts in old.manifest.files.items() if file not in (LOGITS, MOMENTS)}
     with publish.Draft(blobs, (), {}) as draft:
         draft.copy(old.folder, kept)
-        voice = Voice(blobs, layout.events(new_run()), say)
+        log = RunLog(blobs, layout.events(new_run()), say)
         with blobs.writing():
-            facts, seconds = write_logits(draft.folder, _settings(config, parts), parts.ranges, config.cluster, voice)
+            facts, seconds = write_logits(draft.folder, _settings(config, parts), parts.ranges, config.cluster, log)
         if publish.snapshots(blobs, name)[-1] != old.number:
             raise CensusError(f"catalog {name!r} has got a new snapshot meanwhile; run the same command again")
         said = {field: value for field, value in old.manifest.making.content().items() if field != "built_from"}

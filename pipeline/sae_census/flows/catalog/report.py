@@ -19,7 +19,7 @@ from sae_census.io import report
 from sae_census.io.store.blobs import LocalBlobs
 from sae_census.records import canonical
 from sae_census.steps.store import layout
-from sae_census.steps.store.progress import Voice, new_run
+from sae_census.steps.store.progress import RunLog, new_run
 
 INDEX = "index.html"
 _FOLDER = re.compile(r"[0-9a-f]{16}")
@@ -58,14 +58,14 @@ def write_report(config: ReportConfig, say: Callable[[str], None] | None = None)
     made_of = hashlib.sha256(canonical([facts, report.viewer_digest()])).hexdigest()
     data = f"data/{made_of[:16]}"
     blobs = LocalBlobs(config.out or catalog.attached / "report")
-    voice = Voice(LocalBlobs(config.store.root), layout.events(new_run()), say)
+    log = RunLog(LocalBlobs(config.store.root), layout.events(new_run()), say)
     sizes = []
 
     def write(key: str, body: bytes) -> None:
         blobs.put(key, body)
         sizes.append(len(body))
 
-    with voice.stage("report", sum(-(-size // CHUNK) for size in sizes_of_saes), "features") as stage:
+    with log.stage("report", sum(-(-size // CHUNK) for size in sizes_of_saes), "features") as stage:
         for number, name in enumerate(by_layer(catalog)):
             site = SiteData(catalog, name)  # one SAE in memory at a time
             write(f"{data}/{number}/table.js", report.data_file(f"{number}/table", site.table()))

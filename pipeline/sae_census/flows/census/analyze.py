@@ -95,11 +95,11 @@ def _publish(
         ),
     )
     began = time.monotonic()
-    catalog, is_new = reduce(chosen, filling.voice, lambda draft, todo: _attribute(filling, draft, todo))
+    catalog, is_new = reduce(chosen, filling.log, lambda draft, todo: _attribute(filling, draft, todo))
     filling.seconds["reduce"] = time.monotonic() - began - filling.seconds.get("logits", 0)
     for point, books in catalog.manifest.coverage.tokens.items():
         if sentence := masks.many_sinks(books):
-            filling.voice.say(f"warning: {point}: {sentence}")
+            filling.log.say(f"warning: {point}: {sentence}")
     return Analysis(
         catalog=catalog,
         is_new=is_new,
@@ -118,7 +118,7 @@ def _seal(filling: Filling) -> None:
     found = seals.seal(blobs, [*keys, *seals.keys_of_catalogs(blobs, filling.config.catalog.name)])
     if found:
         told = ", ".join(f"{number} {kind}" for kind, number in sorted(found.items()))
-        filling.voice.say(
+        filling.log.say(
             f"{told} were written before records carried a digest of their own: they were read as they are, and have "
             "one now"
         )
@@ -127,7 +127,7 @@ def _seal(filling: Filling) -> None:
 def _report(filling: Filling, catalog: Catalog) -> Report:
     config = filling.config
     wanted = ReportConfig(store=config.store, catalog=config.catalog, snapshot=catalog.number)
-    found = write_report(wanted, filling.voice.say)
+    found = write_report(wanted, filling.log.say)
     filling.seconds["report"] = found.seconds
     return found
 
@@ -146,7 +146,7 @@ def _attribute(filling: Filling, draft: publish.Draft, todo: list[RangeTask]) ->
         planned=filling.identity.provenance,
     )
     with filling.blobs.writing():
-        written = write_logits(draft.folder, settings, todo, config.cluster, filling.voice)
+        written = write_logits(draft.folder, settings, todo, config.cluster, filling.log)
     facts, filling.seconds["logits"] = written
     return facts
 

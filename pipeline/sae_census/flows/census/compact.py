@@ -21,7 +21,7 @@ from sae_census.steps.census.merger import Merger, NodeTask
 from sae_census.steps.cluster import connected, run_tasks
 from sae_census.steps.cluster.outcomes import result_of
 from sae_census.steps.store import entries, layout
-from sae_census.steps.store.progress import Stage, Voice, new_run
+from sae_census.steps.store.progress import RunLog, Stage, new_run
 from sae_census.types import SiteKey
 
 
@@ -77,15 +77,15 @@ def compact(
     blobs = LocalBlobs(root)
     measures = _measures(blobs, catalog, fan)
     bytes_before = _bytes(blobs, measures)
-    voice = Voice(blobs, layout.events(new_run()), say)
+    log = RunLog(blobs, layout.events(new_run()), say)
     with (
-        voice.running({"catalog": name, "workers": cluster.num_workers, "address": cluster.address}),
+        log.running({"catalog": name, "workers": cluster.num_workers, "address": cluster.address}),
         connected(cluster),
     ):
-        run = _Run(blobs, measures, partial(Merger, str(blobs.root), catalog.measure.sampling), cluster, voice)
+        run = _Run(blobs, measures, partial(Merger, str(blobs.root), catalog.measure.sampling), cluster, log)
         run.make(roots_suffice=prune)
         num_pruned = run.prune() if prune else 0
-        voice.event("done", {"snapshot": None, "is_new": False})
+        log.event("done", {"snapshot": None, "is_new": False})
     return Compaction(
         num_made=run.num_made,
         num_kept=run.num_kept,
@@ -159,16 +159,16 @@ class _Run:
         measures: list[_Measure],
         make: Callable[[], Merger],
         cluster: ClusterConfig,
-        voice: Voice,
+        log: RunLog,
     ):
-        self._blobs, self._measures, self._make, self._cluster, self._voice = blobs, measures, make, cluster, voice
+        self._blobs, self._measures, self._make, self._cluster, self._log = blobs, measures, make, cluster, log
         self.num_made = self.num_kept = self.num_skipped = 0
 
     def make(self, *, roots_suffice: bool) -> None:
         """Make what is not there."""
         levels = self._measures[0].levels()
         total = sum(map(len, levels)) * len(self._measures)
-        with self._voice.stage("compact", total, "shards") as stage:
+        with self._log.stage("compact", total, "shards") as stage:
             for level in levels:
                 todo = {}
                 for measure in self._measures:
@@ -202,7 +202,7 @@ class _Run:
 
     def _merge(self, todo: list[NodeTask], stage: Stage) -> None:
         nodes = {measure.measure_id: measure.nodes for measure in self._measures}
-        for outcome in run_tasks(self._make, todo, self._cluster, on_event=self._voice.event, stage="compact"):
+        for outcome in run_tasks(self._make, todo, self._cluster, on_event=self._log.event, stage="compact"):
             node = result_of(outcome, f"the node of {len(outcome.task.shards)} shards")
             nodes[node.measure_id].add(node)
             self.num_made += 1
@@ -214,7 +214,7 @@ class _Run:
         for _, root in roots:
             if root is None or not tree.is_sound(self._blobs, root):
                 raise CorruptError("a root is damaged or gone, so nothing was pruned; compact again")
-        with self._voice.stage("prune", len(self._measures), "files") as stage:
+        with self._log.stage("prune", len(self._measures), "files") as stage:
             num_pruned = 0
             for measure in self._measures:
                 pruned = self._prune(measure, [root for mine, root in roots if mine is measure and root is not None])

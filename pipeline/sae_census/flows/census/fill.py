@@ -30,7 +30,7 @@ from sae_census.steps.model.demands import Run
 from sae_census.steps.store import layout
 from sae_census.steps.store.identities import MeasureRecord
 from sae_census.steps.store.manifests import describe
-from sae_census.steps.store.progress import Voice, new_run
+from sae_census.steps.store.progress import RunLog, new_run
 
 _NAMED = 10
 """Files that a line for people names; the manifest has all."""
@@ -50,11 +50,11 @@ def fill(config: AnalyzeConfig, names: Sequence[str], say: Callable[[str], None]
     filling = Filling(config, say)
     with filling.running("+".join(names)):
         filling.run()
-        filling.voice.event("done", {"snapshot": None, "is_new": False})
+        filling.log.event("done", {"snapshot": None, "is_new": False})
 
 
 class Filling:
-    """One run: the stages share identity, store and voice."""
+    """One run: the stages share identity, store and log."""
 
     def __init__(self, config: AnalyzeConfig, say: Callable[[str], None] | None):
         """Identify all that decides numbers; nothing is written yet.
@@ -66,7 +66,7 @@ class Filling:
         self.config = config = self.identity.config
         self.blobs = LocalBlobs(config.store.root)
         self.run_id = new_run()
-        self.voice = Voice(self.blobs, layout.events(self.run_id), say)
+        self.log = RunLog(self.blobs, layout.events(self.run_id), say)
         self.seconds: dict[str, float] = {}
         self.passed_over: tuple[PassedOver, ...] = ()
 
@@ -76,7 +76,7 @@ class Filling:
         self._describe()
         cluster = self.config.cluster
         about = {"catalog": catalog, "workers": cluster.num_workers, "address": cluster.address}
-        with self.voice.running(about), connected(cluster):
+        with self.log.running(about), connected(cluster):
             yield
 
     def _describe(self) -> None:
@@ -103,7 +103,7 @@ class Filling:
         config = self.config
         sources, self.passed_over = find_config_sources(config)
         for one in self.passed_over:
-            self.voice.say(f"warning: {one}")
+            self.log.say(f"warning: {one}")
         settings = PrepareSettings(
             root=config.store.root,
             model=config.model,
@@ -113,9 +113,9 @@ class Filling:
             planned=self.identity.provenance,
         )
         found: dict[str, SourceRecord] = {}
-        with self.voice.stage("prepare", len(sources), "tokens") as stage:
+        with self.log.stage("prepare", len(sources), "tokens") as stage:
             for outcome in run_tasks(
-                partial(Preparer, settings), sources, config.cluster, on_event=self.voice.event, stage="prepare"
+                partial(Preparer, settings), sources, config.cluster, on_event=self.log.event, stage="prepare"
             ):
                 record = result_of(outcome, f"source {', '.join(outcome.task.names)}")
                 found[record.source_id] = record
@@ -131,7 +131,7 @@ class Filling:
         if unused:
             named = ", ".join(f"{name} of slice {slice_name}" for slice_name, name in unused[:_NAMED])
             more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
-            self.voice.say(f"warning: {len(unused)} files have no usable record: {named}{more}; the manifest names all")
+            self.log.say(f"warning: {len(unused)} files have no usable record: {named}{more}; the manifest names all")
         dropped: Counter[str] = Counter()
         for record in records:
             dropped.update(record.dropped)
@@ -147,11 +147,11 @@ class Filling:
                 f"corpus.source has no usable text: {len(records)} sources, {reasons or 'no records at all'}"
             )
         if dropped:
-            self.voice.say(f"{dropped.total()} records are not used ({reasons}); they are listed in {where}")
+            self.log.say(f"{dropped.total()} records are not used ({reasons}); they are listed in {where}")
         if brought := sum(record.num_with_bos for record in records):
             documents = f"{brought:,} of {sum(record.num_documents for record in records):,} documents"
             gets = "get a second" if self.identity.identity.preparation.format == 1 else "get no second"
-            self.voice.say(f"{documents} begin with a BOS of their own (a chat template writes one) and {gets}")
+            self.log.say(f"{documents} begin with a BOS of their own (a chat template writes one) and {gets}")
 
     def _map(self, shards: list[ShardRecord]) -> tuple[plan.Receipts, list[Failure]]:
         """The receipts of all shards that have one for every SAE, from earlier runs or this one; and what failed."""
@@ -176,12 +176,12 @@ class Filling:
             probe=preflight.probe([task.shard for task in left]) if asked else None,
             judge=self._judge,
             needs_gpu=choose_device(self.config.model.device).type == "cuda",
-            on_event=self.voice.event,
+            on_event=self.log.event,
             describe=_about_task,
             stage="analyze",
         )
         failures = []
-        with self.voice.stage("analyze", len(left), "tokens") as stage:
+        with self.log.stage("analyze", len(left), "tokens") as stage:
             for outcome in outcomes:
                 task: ShardTask = outcome.task
                 if outcome.result is None:
@@ -190,7 +190,7 @@ class Filling:
                     for site, receipt in zip(task.sites, outcome.result, strict=True):
                         receipts[site][task.shard.shard_id] = receipt
                         self.blobs.delete(layout.failure(receipt.measure_id, task.shard.shard_id))
-                    self.voice.event("shard_done", {"shard_id": task.shard.shard_id, **outcome.result[0].ran})
+                    self.log.event("shard_done", {"shard_id": task.shard.shard_id, **outcome.result[0].ran})
                 stage.advance(task.shard.num_tokens)
         self.seconds["analyze"] = stage.seconds
         for failure in failures:
@@ -206,12 +206,12 @@ class Filling:
     def _tell_plan(self, shards: list[ShardRecord], left: list[ShardTask]) -> None:
         """Say what is done already, what is left, and whether there is room for it."""
         if len(left) < len(shards):
-            self.voice.say(f"{len(shards) - len(left)} of {len(shards)} shards are already done")
+            self.log.say(f"{len(shards) - len(left)} of {len(shards)} shards are already done")
         num_features = {site: loaded.sae.num_features for site, loaded in self.identity.saes.items()}
         sizes = sample_sizes(self.config.sampling, self.identity.identity.measure.format)
         cost = plan.estimate(shards, left, sizes, num_features)
         if cost.partial_bytes > self.blobs.free_bytes():
-            self.voice.say(
+            self.log.say(
                 f"warning: the partials may need {cost.partial_bytes >> 20} MiB, and {self.blobs.root} has "
                 f"{self.blobs.free_bytes() >> 20} MiB left"
             )
@@ -219,7 +219,7 @@ class Filling:
         intent = {"left": tokens, "measures": sorted(self.identity.measure_ids.values())}
         self.blobs.put(layout.run_plan(self.run_id), canonical(intent))
         done_tokens = sum(shard.num_tokens for shard in shards) - sum(tokens.values())
-        self.voice.event("plan", {"done": cost.num_done, "done_tokens": done_tokens})
+        self.log.event("plan", {"done": cost.num_done, "done_tokens": done_tokens})
 
     def _tell_versions(self, receipts: plan.Receipts, left: list[ShardTask]) -> None:
         """Say if what is left will be computed by other software than what is done."""
@@ -227,7 +227,7 @@ class Filling:
         told = {key: others(receipt.versions, self.identity.versions) for key, receipt in done.items()}
         differing = sorted(set(filter(None, told.values())))
         if left and differing:
-            self.voice.say(
+            self.log.say(
                 f"this catalog grows under other versions: {sum(map(bool, told.values()))} of its {len(done)} shards "
                 f"were computed under {'; '.join(differing)} here; last bits may differ, and its manifest names all"
             )
@@ -237,12 +237,12 @@ class Filling:
         if outcome.result is None:
             raise CheckpointError(f"preflight failed: {outcome.message}")
         for fit in outcome.result:
-            self.voice.say(f"preflight {preflight.describe(fit)}")
+            self.log.say(f"preflight {preflight.describe(fit)}")
         found = preflight.complaints(outcome.result, self.identity.saes, self._about_run())
         if self.config.preflight == "refuse":
             preflight.refuse(found)
         for complaint in found:
-            self.voice.say(f"warning: {complaint.text}")
+            self.log.say(f"warning: {complaint.text}")
 
     def _about_run(self) -> Run:
         config, identity = self.config, self.identity
@@ -273,10 +273,10 @@ class Filling:
         for site in task.sites:
             key = layout.failure(self.identity.measure_ids[site], failure.shard.shard_id)
             self.blobs.put(key, failure.to_bytes())
-        self.voice.quarantined += 1
+        self.log.quarantined += 1
         why = {"kind": failure.kind, "message": failure.message, "attempts": failure.attempts}
-        self.voice.event("quarantined", {"shard_id": failure.shard.shard_id, **why})
-        self.voice.say(f"shard {failure.shard.shard_id} is left out: {failure.kind}: {failure.message}")
+        self.log.event("quarantined", {"shard_id": failure.shard.shard_id, **why})
+        self.log.say(f"shard {failure.shard.shard_id} is left out: {failure.kind}: {failure.message}")
         return failure
 
 

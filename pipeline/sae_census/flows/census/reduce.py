@@ -30,7 +30,7 @@ from sae_census.steps.store.manifests import (
     SliceCoverage,
     SourceCoverage,
 )
-from sae_census.steps.store.progress import Voice
+from sae_census.steps.store.progress import RunLog
 from sae_census.types import SiteKey
 
 More = Callable[[publish.Draft, list[RangeTask]], LogitFacts | None]
@@ -72,14 +72,14 @@ class Chosen:
         return tuple(tuple(found[key] for key in sorted(found)) for found in (self.receipts[s] for s in self.sites))
 
 
-def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: None) -> tuple[Catalog, bool]:
+def reduce(chosen: Chosen, log: RunLog, more: More = lambda draft, todo: None) -> tuple[Catalog, bool]:
     """Merge the chosen shards and publish them, unless the newest snapshot says the same.
 
     Nodes that stand for chosen shards alone are read in place of their partials; the result is the same to the bit.
 
     Args:
         chosen: at least one shard.
-        voice: hears of the progress.
+        log: of the run.
         more: adds to the snapshot.
 
     Returns:
@@ -96,7 +96,7 @@ def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: None) 
         units.append(tree.units(nodes, mine))
         tree.check_there(blobs, units[-1])
         for node in nodes.damaged:
-            voice.say(f"warning: node {node.node_id} of {site} is damaged: it is not used; compact the catalog again")
+            log.say(f"warning: node {node.node_id} of {site} is damaged: it is not used; compact the catalog again")
     settings = ranges.ReduceSettings(
         root=config.store.root,
         preparation_id=chosen.identity.preparation.preparation_id,
@@ -111,9 +111,9 @@ def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: None) 
     todo = ranges.tasks([len(norms) for norms in chosen.decoder_norms.values()])
     with publish.Draft(blobs, chosen.sites, chosen.decoder_norms) as draft:
         logits = more(draft, todo)
-        with voice.stage("reduce", len(todo), "features") as stage:
+        with log.stage("reduce", len(todo), "features") as stage:
             make = partial(ranges.Reducer, settings)
-            outcomes = run_tasks(make, todo, config.cluster, on_event=voice.event, stage="reduce")
+            outcomes = run_tasks(make, todo, config.cluster, on_event=log.event, stage="reduce")
 
             def results() -> Iterator[ranges.RangeResult]:
                 for outcome in in_order(todo, outcomes):
@@ -124,7 +124,7 @@ def reduce(chosen: Chosen, voice: Voice, more: More = lambda draft, todo: None) 
                 draft.write(results(), config.ranking.score, units, chosen.weights)
         facts, making = _facts(chosen, blobs, units, logits), _making(chosen, stage.seconds)
         number, _, is_new = draft.publish(config.catalog.name, facts, making)
-    voice.event("done", {"snapshot": number, "is_new": is_new})
+    log.event("done", {"snapshot": number, "is_new": is_new})
     return Catalog(config.store.root, config.catalog.name, number), is_new
 
 

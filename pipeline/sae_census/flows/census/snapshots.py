@@ -19,7 +19,7 @@ from sae_census.steps.census.partial import RangeTask
 from sae_census.steps.cluster import connected
 from sae_census.steps.store import layout
 from sae_census.steps.store.manifests import Job, LogitFacts, SourceCoverage
-from sae_census.steps.store.progress import Voice, new_run
+from sae_census.steps.store.progress import RunLog, new_run
 from sae_census.types import SiteKey
 
 
@@ -119,10 +119,10 @@ def build(config: SnapshotsConfig, say: Callable[[str], None] | None = None) -> 
         ),
     )
     claims.claim(blobs, settings.catalog.name, identity)
-    voice = Voice(blobs, layout.events(new_run()), say)
+    log = RunLog(blobs, layout.events(new_run()), say)
     about = {"catalog": config.into, "workers": config.cluster.num_workers, "address": config.cluster.address}
-    with voice.running(about), connected(config.cluster):
-        return reduce(chosen, voice, lambda draft, todo: _copy_logits(base, draft, todo))
+    with log.running(about), connected(config.cluster):
+        return reduce(chosen, log, lambda draft, todo: _copy_logits(base, draft, todo))
 
 
 def _bases(config: SnapshotsConfig) -> list[Catalog]:

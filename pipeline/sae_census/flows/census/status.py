@@ -8,9 +8,8 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 from sae_census.config.status import StatusConfig
 from sae_census.errors import CensusError, ConfigError, CorruptError
@@ -18,7 +17,24 @@ from sae_census.flows.census.run_status import Reason, RunStatus, State, Straggl
 from sae_census.io.store import json_lines
 from sae_census.io.store.blobs import LocalBlobs
 from sae_census.records import Receipt
-from sae_census.steps.store import layout
+from sae_census.steps.store import events, layout
+from sae_census.steps.store.events import (
+    Alive,
+    Entry,
+    Planned,
+    Quarantined,
+    RunBegan,
+    RunDone,
+    RunFailed,
+    ShardDone,
+    StageBegan,
+    StageDone,
+    TaskStarted,
+    WorkerLeft,
+    WorkerLost,
+    WorkerRefused,
+    WorkerStarted,
+)
 from sae_census.steps.store.progress import BEAT_SECONDS
 
 _MIN_FOR_MEDIAN = 3
@@ -64,23 +80,32 @@ def runs(blobs: LocalBlobs, limits: Limits = LIMITS) -> Iterator[RunStatus]:
     """All runs of a store, newest first."""
     names = {path.name.split(".")[0] for path in blobs.path(layout.events("x")).parent.glob("*.jsonl")}
     for run_id in sorted(names, reverse=True):
-        told = _Told(blobs, run_id, limits)
-        if told.began:
-            yield told.status(time.time())
+        run = _Run(blobs, run_id, limits)
+        if run.began:
+            yield run.status(run.began, time.time())
 
 
-class _Told:
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """A task that runs."""
+
+    at: float
+    """When it began."""
+    task: TaskStarted
+
+
+class _Run:
     """What the events of one run say, in their order."""
 
     def __init__(self, blobs: LocalBlobs, run_id: str, limits: Limits):
         self._blobs, self._run_id, self._limits = blobs, run_id, limits
-        self.began: dict[str, Any] = {}
-        self.end: dict[str, Any] = {}
-        self.stage: dict[str, Any] = {}
-        self.plan: dict[str, Any] = {}
-        self.seen_at = 0.0
+        self.began: RunBegan | None = None
+        self.began_at = self.planned_at = self.seen_at = 0.0
+        self.end: RunDone | RunFailed | None = None
+        self.stage = Alive()
+        self.plan = Planned(done=0, done_tokens=0)
         self.first_shard_at = self.last_shard_at = 0.0
-        self.running: dict[str, dict[str, Any]] = {}
+        self.running: dict[str, _Attempt] = {}
         self.seconds: dict[str, float] = {}
         self.spent = 0.0
         self.workers: set[int] = set()
@@ -89,65 +114,70 @@ class _Told:
         self.num_damaged = 0
         for line in _lines(blobs, layout.events(run_id)):
             try:
-                self._hear(json.loads(line))
-            except (ValueError, LookupError, TypeError, AttributeError):
+                entry = events.parse(line)
+            except ValueError:
                 self.num_damaged += 1
+                continue
+            self._take(entry)
         self.left: dict[str, int] = {}
         self._measure_ids: list[str] = []
-        if self.plan:
+        if self.planned_at:
             try:
                 intent = json.loads(blobs.get(layout.run_plan(run_id)))
                 self.left, self._measure_ids = dict(intent["left"]), list(intent["measures"])
             except (ValueError, LookupError, TypeError, CorruptError):
                 self.num_damaged += 1
 
-    def _hear(self, event: dict[str, Any]) -> None:
-        self.seen_at = max(self.seen_at, event["at"])
-        match event["event"]:
-            case "run":
-                self.began = {key: event[key] for key in ("at", "catalog", "host", "pid", "workers")}
-            case "stage":  # every stage has workers of its own
-                self.stage = event | {"done": 0}
+    def _take(self, entry: Entry) -> None:
+        self.seen_at = max(self.seen_at, entry.at)
+        match entry.event:
+            case RunBegan():
+                self.began, self.began_at = entry.event, entry.at
+            case StageBegan(stage=stage, total=total):  # every stage has workers of its own
+                self.stage = Alive(stage=stage, total=total)
                 self.workers = set()
-            case "alive" if "stage" in event:
-                self.stage = event
-            case "stage_done":
-                self.stage |= {"done": self.stage.get("total", 0)}
-            case "plan":
-                self.plan = event
-            case "done" | "failed":
-                self.end = event
+            case Alive(stage=stage) if stage:
+                self.stage = entry.event
+            case StageDone():
+                self.stage = replace(self.stage, done=self.stage.total)
+            case Planned():
+                self.plan, self.planned_at = entry.event, entry.at
+            case RunDone() | RunFailed():
+                self.end = entry.event
             case _:
-                self._hear_of_work(event)
+                self._take_work(entry)
 
-    def _hear_of_work(self, event: dict[str, Any]) -> None:
-        match event["event"]:
-            case "worker_started":
-                self.workers.add(event["worker"])
-            case "task_started":
-                self.running[event["shard_id"]] = event
-                self.first_shard_at = self.first_shard_at or event["at"]
-            case "shard_done":
-                self._over(event)
-                self.seconds[event["shard_id"]] = event["seconds"]
-            case "quarantined":
-                self._over(event)
-                self.failures.append(_reason(event))
-            case "worker_left":
-                self.workers.discard(event["worker"])
-            case "worker_lost" | "worker_refused":
-                self._over(event)
-                self.workers.discard(event["worker"])
-                self.lost.append(_reason(event))
+    def _take_work(self, entry: Entry) -> None:
+        match entry.event:
+            case WorkerStarted(worker=worker):
+                self.workers.add(worker)
+            case TaskStarted(shard_id=shard_id):
+                self.running[shard_id] = _Attempt(entry.at, entry.event)
+                self.first_shard_at = self.first_shard_at or entry.at
+            case ShardDone(shard_id=shard_id, seconds=seconds):
+                self._over(shard_id, entry.at)
+                self.seconds[shard_id] = seconds
+            case Quarantined() as event:
+                self._over(event.shard_id, entry.at)
+                self.failures.append(_reason(event, event.shard_id))
+            case WorkerLeft(worker=worker):
+                self.workers.discard(worker)
+            case WorkerLost() as event:
+                self._over(event.shard_id, entry.at)
+                self.workers.discard(event.worker)
+                self.lost.append(_reason(event, event.shard_id))
+            case WorkerRefused() as event:
+                self.workers.discard(event.worker)
+                self.lost.append(_reason(event, ""))
 
-    def _over(self, event: dict[str, Any]) -> None:
+    def _over(self, shard_id: str, at: float) -> None:
         """An attempt has ended: what it took is spent, whatever came of it."""
-        started = self.running.pop(event.get("shard_id", ""), None)
+        started = self.running.pop(shard_id, None)
         if started is not None:
-            self.spent += max(0.0, event["at"] - started["at"])
-            self.last_shard_at = max(self.last_shard_at, event["at"])
+            self.spent += max(0.0, at - started.at)
+            self.last_shard_at = max(self.last_shard_at, at)
 
-    def status(self, now: float) -> RunStatus:
+    def status(self, run: RunBegan, now: float) -> RunStatus:
         """As of a time; what runs in a run that is over, or silent, stopped at its last word."""
         state = self._state(now)
         until = now if state == "running" else self.seen_at
@@ -161,49 +191,53 @@ class _Told:
         began = self.first_shard_at or until
         last = until if tokens_left else self.last_shard_at
         rate = tokens_done / (last - began) if tokens_done and last > began else None
-        shards = {shard_id: event for shard_id, event in self.running.items() if shard_id in self.left}
+        shards = {shard_id: attempt for shard_id, attempt in self.running.items() if shard_id in self.left}
         running = shards if state == "running" else {}
-        spent = self.spent + sum(until - event["at"] for event in self.running.values())
+        spent = self.spent + sum(until - attempt.at for attempt in self.running.values())
         num_left = len(self.left) - len(self.seconds) - len(out)
         return RunStatus(
             run_id=self._run_id,
-            catalog=self.began["catalog"],
+            catalog=run.catalog,
             state=state,
-            reason=": ".join(filter(None, (self.end.get("kind"), self.end.get("message")))),
-            host=self.began["host"],
-            pid=self.began["pid"],
-            began_at=self.began["at"],
+            reason=self._reason(),
+            host=run.host,
+            pid=run.pid,
+            began_at=self.began_at,
             seen_at=self.seen_at,
-            stage=self.stage.get("stage", ""),
-            stage_done=self.stage.get("done", 0),
-            stage_total=self.stage.get("total", 0),
-            shards_planned=len(self.left) + self.plan.get("done", 0),
-            shards_before=self.plan.get("done", 0),
+            stage=self.stage.stage,
+            stage_done=self.stage.done,
+            stage_total=self.stage.total,
+            shards_planned=len(self.left) + self.plan.done,
+            shards_before=self.plan.done,
             shards_done=len(self.seconds),
             shards_running=len(running),
             shards_waiting=num_left - len(running),
-            tokens_planned=sum(self.left.values()) + self.plan.get("done_tokens", 0),
-            tokens_before=self.plan.get("done_tokens", 0),
+            tokens_planned=sum(self.left.values()) + self.plan.done_tokens,
+            tokens_before=self.plan.done_tokens,
             tokens_done=tokens_done,
             tokens_per_second=rate,
             seconds_left=tokens_left / rate if rate and tokens_left and state == "running" else None,
             worker_seconds=spent,
             workers=len(self.workers),
-            workers_wanted=self.began["workers"],
+            workers_wanted=run.workers,
             lost=tuple(self.lost),
             failures=tuple(self.failures),
             stragglers=self._stragglers(running, now),
-            snapshot=self.end.get("snapshot"),
+            snapshot=self.end.snapshot if isinstance(self.end, RunDone) else None,
             num_damaged=self.num_damaged,
         )
 
+    def _reason(self) -> str:
+        """Why it failed."""
+        return ": ".join(filter(None, (self.end.kind, self.end.message))) if isinstance(self.end, RunFailed) else ""
+
     def _state(self, now: float) -> State:
-        match self.end.get("event"), self.end.get("kind"):
-            case "done", _:
+        match self.end:
+            case RunDone():
                 return "finished"
-            case "failed", "KeyboardInterrupt":
+            case RunFailed(kind="KeyboardInterrupt"):
                 return "interrupted"
-            case "failed", _:
+            case RunFailed():
                 return "failed"
         return "running" if now - self.seen_at < self._limits.silent_seconds else "silent"
 
@@ -219,21 +253,21 @@ class _Told:
             except CensusError:
                 continue  # damaged: it will be analysed again
             ran = max(found, key=lambda one: one["at"])
-            if self.plan["at"] <= ran["at"] <= self.seen_at + self._limits.silent_seconds:
-                self._over({"shard_id": shard_id, "at": ran["at"]})
+            if self.planned_at <= ran["at"] <= self.seen_at + self._limits.silent_seconds:
+                self._over(shard_id, ran["at"])
                 self.seconds[shard_id] = ran["seconds"]
                 self.seen_at = max(self.seen_at, ran["at"])
 
-    def _stragglers(self, running: dict[str, dict[str, Any]], now: float) -> tuple[Straggler, ...]:
+    def _stragglers(self, running: dict[str, _Attempt], now: float) -> tuple[Straggler, ...]:
         if len(self.seconds) < _MIN_FOR_MEDIAN:
             return ()
         usual = statistics.median(self.seconds.values())
-        slow = {k: now - e["at"] for k, e in running.items()}
+        slow = {k: now - e.at for k, e in running.items()}
         return tuple(
             Straggler(
                 shard_id=shard_id,
-                worker=running[shard_id]["worker"],
-                node=running[shard_id]["node"],
+                worker=running[shard_id].task.worker,
+                node=running[shard_id].task.node,
                 seconds=seconds,
                 median_seconds=usual,
             )
@@ -242,10 +276,8 @@ class _Told:
         )
 
 
-def _reason(event: dict[str, Any]) -> Reason:
-    return Reason(
-        shard_id=event.get("shard_id", ""), kind=event["kind"], message=event["message"], attempts=event["attempts"]
-    )
+def _reason(event: Quarantined | WorkerLost | WorkerRefused, shard_id: str) -> Reason:
+    return Reason(shard_id=shard_id, kind=event.kind, message=event.message, attempts=event.attempts)
 
 
 def _lines(blobs: LocalBlobs, first: str) -> Iterator[bytes]:

@@ -28,7 +28,7 @@ from sae_census.steps.cluster import run_tasks
 from sae_census.steps.discovery import lines
 from sae_census.steps.discovery.background import snapshot_folder
 from sae_census.steps.model.provenance import Provenance
-from sae_census.steps.store.progress import Voice
+from sae_census.steps.store.progress import RunLog
 
 CHUNK_LINES = 128
 
@@ -170,9 +170,9 @@ def discover_batch(
         prompts=str(prompts.resolve()),
         parts=str(folder.resolve()),
     )
-    voice = Voice(blobs, "events.jsonl", say)
-    with voice.stage("discover", len(left), "prompts") as stage:
-        for outcome in run_tasks(partial(BatchWorker, batch), left, cluster, on_event=voice.event):
+    log = RunLog(blobs, "events.jsonl", say)
+    with log.stage("discover", len(left), "prompts") as stage:
+        for outcome in run_tasks(partial(BatchWorker, batch), left, cluster, on_event=log.event):
             if outcome.result is None:
                 raise CensusError(f"lines from {outcome.task.first_line}: {outcome.kind}: {outcome.message}")
             stage.advance(outcome.result)

@@ -32,7 +32,7 @@ from sae_census.steps.cluster import connected, run_tasks
 from sae_census.steps.effects.tracing import Probe, SpanProbe, Tracer, TraceSettings, split
 from sae_census.steps.model.reader import load_saes
 from sae_census.steps.store import layout
-from sae_census.steps.store.progress import Voice, new_run
+from sae_census.steps.store.progress import RunLog, new_run
 from sae_census.types import HookPoint, SiteKey
 
 CONTEXTS_PER_TASK = 16
@@ -144,21 +144,21 @@ def _traced(
 ) -> tuple[tables.Table, tuple[str, ...]]:
     """The rows of all spans, in the order of `sources.parquet`; and what failed."""
     settings = _settings(config, catalog, {span.site for span in spans})
-    voice = Voice(LocalBlobs(config.store.root), layout.events(new_run()), say)
+    log = RunLog(LocalBlobs(config.store.root), layout.events(new_run()), say)
     tasks = list(_tasks(spans))
     parts, failures = [], []
-    with connected(config.cluster), voice.stage("trace", len(tasks), "spans") as stage:
+    with connected(config.cluster), log.stage("trace", len(tasks), "spans") as stage:
         outcomes = run_tasks(
             partial(Tracer, settings),
             tasks,
             config.cluster,
             needs_gpu=choose_device(config.device).type == "cuda",
-            on_event=voice.event,
+            on_event=log.event,
         )
         for outcome in outcomes:
             if outcome.result is None:
                 failures.append(f"{len(outcome.task)} spans of shard {outcome.task[0].shard_id}: {outcome.message}")
-                voice.say(f"left out: {failures[-1]}")
+                log.say(f"left out: {failures[-1]}")
             else:
                 parts.append(tables.from_ipc(outcome.result))
             stage.advance(len(outcome.task))

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ RESERVED = ("name", "group", "feature_acts_indices", "feature_acts_values", "sta
 """Fields of a sampling; metadata of these names would hide them."""
 
 
+@runtime_checkable
 class ActivationFactory(Protocol):
     """Makes a stream; every call gives the same contexts."""
 

@@ -30,7 +30,7 @@ _CONVERTED = "converted.json"
 
 
 def _quiet() -> None:
-    """No bars of transformers; what it warns of goes through our one voice."""
+    """No bars of transformers; what it warns of is passed on."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

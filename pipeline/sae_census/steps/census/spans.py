@@ -41,7 +41,8 @@ class SpanAddresses:
 class Ragged:
     """Rows of unequal length: row i is values[start[i]:start[i + 1]]."""
 
-    start: Int64[np.ndarray, " N+1"]
+    start: Int64[np.ndarray, " Q"]
+    """One more than there are rows."""
     values: np.ndarray
 
 

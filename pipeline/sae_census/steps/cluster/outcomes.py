@@ -3,7 +3,7 @@
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from sae_census.errors import CensusError, UserError
 
@@ -13,6 +13,7 @@ TaskIn = TypeVar("TaskIn", contravariant=True)
 ResultOut = TypeVar("ResultOut", covariant=True)
 
 
+@runtime_checkable
 class Worker(Protocol[TaskIn, ResultOut]):
     """Anything that turns tasks into results, one by one."""
 

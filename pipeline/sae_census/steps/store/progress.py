@@ -5,7 +5,6 @@ a sign of life, so a killed run loses only its last seconds of them; full files 
 """
 
 import contextlib
-import json
 import os
 import socket
 import sys
@@ -21,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sae_census.errors import StorageError
 from sae_census.io.store.blobs import LocalBlobs
-from sae_census.steps.store import layout
+from sae_census.steps.store import events, layout
 
 BEAT_SECONDS = 5.0
 """Between two signs of life in the store."""
@@ -36,8 +35,8 @@ def new_run() -> str:
     return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}{int(now * 1000) % 1000:03d}-{uuid.uuid4().hex[:6]}"
 
 
-class Voice:
-    """Tells what happens; one for a run."""
+class RunLog:
+    """What a run says, to people and in its events; one for a run."""
 
     def __init__(
         self,
@@ -46,7 +45,7 @@ class Voice:
         listener: Callable[[str], None] | None = None,
         file_bytes: int = _FILE_BYTES,
     ):
-        """Speak on stderr, or to a listener instead; events go to `key`, and to the next file once one is full."""
+        """Write lines on stderr, or to a listener; events go to `key`, and to the next file once one is full."""
         self._blobs, self._key, self._listener, self._file_bytes = blobs, key, listener, file_bytes
         self._console = Console(stderr=True)
         self._lines: list[str] = []
@@ -74,7 +73,7 @@ class Voice:
     def event(self, kind: str, facts: dict[str, Any]) -> None:
         """A line for machines; what went wrong is also said aloud."""
         with self._lock:
-            self._lines.append(_line(kind, facts))
+            self._lines.append(events.line(kind, facts))
         if kind == "worker_lost":
             self.retries += 1
             self.say(f"worker lost ({facts['kind']}): its task is tried again elsewhere")
@@ -90,11 +89,11 @@ class Voice:
         with self._lock:
             self._flushed = time.monotonic()
             for sentence in self._blobs.weaker[self._weaker :]:
-                self._lines.append(_line("weaker_promise", {"message": sentence}))
+                self._lines.append(events.line("weaker_promise", {"message": sentence}))
                 self._weaker += 1
             lines = list(self._lines)
             if self._beats:
-                lines.append(_line("alive", self._stage.counts() if self._stage else {}))
+                lines.append(events.line("alive", self._stage.counts() if self._stage else {}))
             if not lines:
                 return
             body = ("\n".join(lines) + "\n").encode()
@@ -151,8 +150,8 @@ class Voice:
 class Stage:
     """Counts what is done of a stage."""
 
-    def __init__(self, voice: Voice, bar: Progress, name: str, total: int, unit: str):
-        self._voice, self._bar, self._name, self._total, self._unit = voice, bar, name, total, unit
+    def __init__(self, log: RunLog, bar: Progress, name: str, total: int, unit: str):
+        self._log, self._bar, self._name, self._total, self._unit = log, bar, name, total, unit
         self._task = bar.add_task(name, total=total, note="")
         self._began = self._spoke = time.monotonic()
         self._done = self._amount = 0
@@ -171,10 +170,10 @@ class Stage:
         self._done += 1
         self._amount += amount
         self._bar.update(self._task, advance=1, note=self._note())
-        if not self._voice.is_live and time.monotonic() - self._spoke > _PLAIN_SECONDS:
+        if not self._log.is_live and time.monotonic() - self._spoke > _PLAIN_SECONDS:
             self._spoke = time.monotonic()
             left = self.seconds / self._done * (self._total - self._done)
-            self._voice.say(
+            self._log.say(
                 ", ".join(
                     filter(None, [f"{self._name}: {self._done}/{self._total}", self._note(), f"{left:.0f} s left"])
                 )
@@ -182,8 +181,8 @@ class Stage:
 
     def close(self) -> None:
         """The stage's last word."""
-        if not self._voice.is_live and self._total:
-            self._voice.say(
+        if not self._log.is_live and self._total:
+            self._log.say(
                 ", ".join(
                     filter(None, [f"{self._name}: {self._done}/{self._total} in {self.seconds:.1f} s", self._note()])
                 )
@@ -194,11 +193,7 @@ class Stage:
         digits = ",.0f" if rate >= 10 else ".2g"
         parts: Iterable[str] = (
             f"{rate:{digits}} {self._unit}/s" if self._amount else "",
-            f"{self._voice.retries} retries" if self._voice.retries else "",
-            f"{self._voice.quarantined} quarantined" if self._voice.quarantined else "",
+            f"{self._log.retries} retries" if self._log.retries else "",
+            f"{self._log.quarantined} quarantined" if self._log.quarantined else "",
         )
         return ", ".join(part for part in parts if part)
-
-
-def _line(kind: str, facts: dict[str, Any]) -> str:
-    return json.dumps({"at": round(time.time(), 3), "event": kind, **facts})

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 import sae_census
 from sae_census.flows.census.analyze import analyze
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FUNCTIONS = [name for name in sae_census.__all__ if inspect.isfunction(getattr(sae_census, name))]
 
 

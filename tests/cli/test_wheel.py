@@ -17,7 +17,7 @@ import pytest
 
 from sae_census.cli import JOBS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOP_LEVEL = {"sae_census", "sae_discover", "sae_census-0.1.0.dist-info"}
 pytestmark = pytest.mark.ray
 
