@@ -39,7 +39,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, analyze_config: Callable[...
 def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of before records had seals."""
     root = tmp_path_factory.mktemp("old")
-    with zipfile.ZipFile(Path(__file__).parent / "data" / "old_store.zip") as archive:
+    with zipfile.ZipFile(Path(__file__).parents[1] / "data" / "old_store.zip") as archive:
         archive.extractall(root)
     return root / "runs"
 
