@@ -176,7 +176,7 @@ def test_a_mixed_measure_needs_a_dtype(analyze_config: Callable[..., Any], tmp_p
 def test_a_node_that_is_about_to_leave_gets_no_more_tasks(
     nodes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(places, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(places, "_DRAINING_SECONDS", 0.0)
     leaver, gate, left = nodes["small"], tmp_path / "gate", tmp_path / "left"
     told: list[tuple[str, str]] = []
 
