@@ -161,7 +161,7 @@ def test_compacted_a_catalog_is_the_same_and_is_reduced_from_one_node_a_slice(to
 def test_compacted_in_ranges_or_at_once_nodes_are_the_same(root, tmp_path, monkeypatch):
     other = shutil.copytree(root, tmp_path / "other")
     compacted(root, fan=2)
-    monkeypatch.setattr(merger.store, "FEATURE_CHUNK", 40)
+    monkeypatch.setattr(merger.zarr_files, "FEATURE_CHUNK", 40)
     # the chunks of the stored arrays differ, what they hold does not
     compacted(other, fan=2)
     for key, node in nodes_of(root).items():
