@@ -277,7 +277,7 @@ def test_subset_of_a_slice_is_the_same_from_smaller_nodes_or_analysed_again(toy,
     part = run(toy(root, fewer, catalog={"name": "fewer"}))
     assert part.catalog.digest == run(toy(tmp_path / "scratch", fewer)).catalog.digest
     shards = [one for one in part.catalog.manifest.shards if one.slice == "a"]
-    again = {receipts_of(root)[m, one["shard_id"]].partial.key for m in measures(root) for one in shards}
+    again = {receipts_of(root)[m, one.shard_id].partial.key for m in measures(root) for one in shards}
     assert {Path(key).name for key in again} == bytes_in(root) - before if prune else bytes_in(root) == before
     assert wrong(root) == ()
 
